@@ -1,0 +1,31 @@
+"""CrossModal: a family of Hub-native models that fuse any encoders by cross-modal attention.
+
+Importing this package registers the family with transformers' Auto classes.
+"""
+
+from importlib import import_module
+
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "CrossModalConfig": "modeling.configuration_crossmodal",
+    "FeatureSequenceConfig": "modeling.configuration_crossmodal",
+    "CrossModalModel": "modeling.modeling_crossmodal",
+    "CrossModalForVQA": "modeling.modeling_crossmodal",
+    "CrossModalProcessor": "processing.processing_crossmodal",
+    "CrossModalVQAPipeline": "processing.pipeline_crossmodal",
+    "CrossModalTrainer": "training.trainer",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'crossmodal' has no attribute {name!r}. It has {sorted(_EXPORTS)}.")
+    return getattr(import_module(f"crossmodal.{_EXPORTS[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,425 @@
+"""Configuration of the CrossModal family: which encoders, tapped at which depths, fused how.
+
+Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
+"""
+
+import difflib
+from dataclasses import field, fields
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+
+# Every Auto class of the family, so that any folder loads through any of them: a save writes only the key of the
+# class that is saved, and `AutoModel.from_pretrained` on the folder of a head would fail without the rest.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_crossmodal.CrossModalConfig",
+    "AutoModel": "modeling_crossmodal.CrossModalModel",
+    "AutoModelForVisualQuestionAnswering": "modeling_crossmodal.CrossModalForVQA",
+    "AutoProcessor": "processing_crossmodal.CrossModalProcessor",
+}
+
+FUSION_LEVELS = ("multi", "single")
+MODALITY_WEIGHTINGS = ("adaptive", "uniform")
+GATES = ("content", "static", "none")
+POOLINGS = ("attention", "mean", "first")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
+ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes")
+
+# What each type of encoder is given: its values and, where it has one, the mask of its real positions.
+TYPE_INPUTS = {
+    "vision": ("pixel_values", None),
+    "text": ("input_ids", "attention_mask"),
+    "audio": ("input_values", "audio_attention_mask"),
+    "video": ("pixel_values_videos", None),
+    "features": ("values", "mask"),
+}
+# Video encoders whose own forward calls the frames `pixel_values`, as image encoders do.
+_VIDEO_MODEL_TYPES = ("videomae", "vivit", "timesformer", "vjepa2")
+
+
+def nearest_first(given, allowed):
+    """The allowed values, the ones that look most like `given` first."""
+    return sorted(map(str, allowed), key=lambda value: -difflib.SequenceMatcher(None, str(given), value).ratio())
+
+
+def _mobilenet_v2_sizes(config):
+    from transformers.models.mobilenet_v2.modeling_mobilenet_v2 import apply_depth_multiplier
+
+    channels = [24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160, 320]
+    last = 1280
+    if not config.finegrained_output or config.depth_multiplier >= 1.0:
+        last = apply_depth_multiplier(config, last)
+    return [apply_depth_multiplier(config, c) for c in channels] + [last]
+
+
+# Width at each depth of encoders whose width changes with depth. Others are columns of one `hidden_size`.
+_PYRAMIDS = {
+    "convnext": lambda c: [c.hidden_sizes[0], *c.hidden_sizes],
+    "convnextv2": lambda c: [c.hidden_sizes[0], *c.hidden_sizes],
+    "regnet": lambda c: [c.embedding_size, *c.hidden_sizes],
+    "resnet": lambda c: [c.embedding_size, *c.hidden_sizes],
+    "swin": lambda c: [c.embed_dim * 2 ** min(i, len(c.depths) - 1) for i in range(len(c.depths) + 1)],
+    "swinv2": lambda c: [c.embed_dim * 2 ** min(i, len(c.depths) - 1) for i in range(len(c.depths) + 1)],
+    "mobilenet_v2": _mobilenet_v2_sizes,
+}
+
+
+def level_sizes(config):
+    """Width of every level an encoder offers, shallowest first.
+
+    Level `k` is `hidden_states[k]` of the encoder; the last one is its `last_hidden_state` (after the final norm).
+    Level 0 holds the embeddings. Returns `None` for an encoder whose widths cannot be read off its config.
+    """
+    if config.model_type in _PYRAMIDS:
+        return _PYRAMIDS[config.model_type](config)
+    width, depth = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+    if isinstance(width, int) and isinstance(depth, int):
+        return [width] * (depth + 1)
+    return None
+
+
+def _encoder_type_and_input(name, config):
+    """What kind of signal an encoder reads and under which key, from its model class."""
+    if config.model_type == FeatureSequenceConfig.model_type:
+        return "features", "values"
+    if config.model_type in _VIDEO_MODEL_TYPES:
+        return "video", "pixel_values_videos"
+    from transformers import MODEL_MAPPING
+
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
+    main_input = getattr(model_class, "main_input_name", None)
+    if main_input in ("input_values", "input_features"):
+        return "audio", main_input
+    for kind, (key, _) in TYPE_INPUTS.items():
+        if main_input == key:
+            return kind, key
+    raise ValueError(
+        f"modality {name!r}: an encoder of model_type={config.model_type!r} does not say what it reads "
+        f"(main input {main_input!r}). Give it in the entry: {name}={{'config': ..., 'type': one of "
+        f"{sorted(TYPE_INPUTS)}}}."
+    )
+
+
+def _as_config(name, value):
+    """An encoder config from a config, or from its JSON with `model_type`."""
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if not isinstance(value, dict) or "model_type" not in value:
+        raise ValueError(
+            f"modality {name!r}: expected a transformers config or its dict with 'model_type', got {value!r:.120}. "
+            "To compose from Hub ids, folders or models use CrossModalForX.from_encoders(...)."
+        )
+    options = {key: item for key, item in value.items() if key != "model_type"}
+    model_type = value["model_type"]
+    if model_type == FeatureSequenceConfig.model_type:
+        return FeatureSequenceConfig(**options)
+    if model_type not in CONFIG_MAPPING:
+        near = nearest_first(model_type, CONFIG_MAPPING.keys())[:3]
+        raise ValueError(
+            f"modality {name!r}: model_type={model_type!r} is not known to transformers. Nearest: {near}. "
+            f"Correct it, or use {FeatureSequenceConfig.model_type!r} for a sequence of feature vectors."
+        )
+    return CONFIG_MAPPING[model_type](**options)
+
+
+def _normalise_level(name, level, count):
+    index = level + count if level < 0 else level
+    if not 0 <= index < count:
+        raise ValueError(
+            f"modality {name!r}: levels has {level}, which its encoder does not have. Allowed: 0 to {count - 1} "
+            f"(or {-count} to -1, counted from the end); 0 is the embeddings. Correct `levels`."
+        )
+    return index
+
+
+@strict
+class FeatureSequenceConfig(PreTrainedConfig):
+    """Encoder of a sequence of feature vectors: a transformer over `x_values (B, T, ...)`.
+
+    Args:
+        feature_size: numbers per step (trailing axes are flattened).
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: the transformer.
+            `num_hidden_layers=0` gives projected features alone.
+        use_positions: adds sine positions; off for a set without order.
+    """
+
+    model_type = "crossmodal_features"
+
+    feature_size: int = 64
+    hidden_size: int = 128
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    intermediate_size: int = 256
+    hidden_act: str = "gelu"
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_positions: bool = True
+
+
+class _SubConfigs:
+    """`sub_configs` as transformers reads it: empty on the class, one row per encoder on an instance."""
+
+    def __get__(self, instance, owner):
+        if instance is None:
+            return {}
+        attributes = vars(instance)
+        names = [f"{name}_config" for name in attributes.get("modality_names") or ()]
+        return {name: type(attributes[name]) for name in names if name in attributes}
+
+
+@strict
+class CrossModalConfig(PreTrainedConfig):
+    """Configuration of every CrossModal model.
+
+    Args:
+        modalities: modality name to its entry: an encoder's transformers config (or its dict with `model_type`), or
+            a dict `{"config": ..., "levels": [...], "max_tokens": n, "type": ..., "hidden_sizes": [...]}`. Sugar of the
+            constructor: stored as `modality_names`, `<name>_config` and `modality_settings`, because JSON is
+            written with sorted keys and would lose the order. `levels` are indices into the encoder's hidden
+            states (negative from the end). `max_tokens` pools longer token sequences, and truncates text in the
+            processor.
+        hidden_size, num_attention_heads, num_fusion_layers, intermediate_size: the fusion transformer.
+        fusion_type: operator, a row of `FUSIONS` in fusion_crossmodal.py.
+        fusion_levels: `"multi"` bridges each fusion layer to its own depth of the encoders, `"single"` only the last
+            depth to the first layer. Entries with explicit `levels` decide for themselves.
+        modality_weighting: `"adaptive"` (learned softmax over the modalities present) or `"uniform"`.
+        gate: what scales cross attention: `"content"` (sigmoid of the two streams), `"static"` (tanh of a learned
+            number per stream, 0 at the start) or `"none"`.
+        pooling: tokens of one modality to one vector: `"attention"`, `"mean"` or `"first"`.
+        frozen_modalities: encoders that take no gradient and stay in eval mode.
+        classifier_hidden_size: hidden width of classification heads (`None`: twice `hidden_size`).
+        classifier_dropout: dropout in the heads.
+        label_smoothing: of the cross entropy of classification heads.
+
+    Raises:
+        ValueError: for a near miss of a known key, and for combinations that cannot work, naming key, value,
+            what is allowed and the fix.
+
+    Example:
+        >>> config = CrossModalConfig(modalities={"vision": ViTConfig(), "text": BertConfig()}, hidden_size=256)
+    """
+
+    model_type = "crossmodal"
+    attribute_map = {"num_hidden_layers": "num_fusion_layers"}
+    sub_configs = _SubConfigs()
+
+    modality_names: list[str] | None = None
+    modality_settings: dict[str, dict] = field(default_factory=dict)
+    hidden_size: int = 256
+    num_attention_heads: int = 4
+    num_fusion_layers: int = 2
+    intermediate_size: int = 1024
+    hidden_act: str = "gelu"
+    hidden_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    fusion_type: str = "cross"
+    fusion_levels: str = "multi"
+    modality_weighting: str = "adaptive"
+    gate: str = "content"
+    pooling: str = "attention"
+    frozen_modalities: list[str] = field(default_factory=list)
+    classifier_hidden_size: int | None = None
+    classifier_dropout: float | int = 0.1
+    label_smoothing: float | int = 0.0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        auto_map = {**_AUTO_MAP, **(kwargs.pop("auto_map", None) or {})}
+        modalities = kwargs.pop("modalities", None)
+        stored = {
+            name: kwargs.pop(f"{name}_config") for name in self.modality_names or () if f"{name}_config" in kwargs
+        }
+        self._reject_near_misses(kwargs, stored)
+        if modalities is not None and stored:
+            raise ValueError(
+                f"modalities={list(modalities)} and {[f'{n}_config' for n in stored]} were both given. Give "
+                "modalities alone."
+            )
+        if modalities is None and not self.modality_names:
+            modalities = {"vision": CONFIG_MAPPING["vit"](), "text": CONFIG_MAPPING["bert"]()}
+        self._set_modalities(stored if modalities is None else modalities)
+        super().__post_init__(**kwargs)
+        self.auto_map = auto_map
+
+    def _set_modalities(self, modalities):
+        """Spreads the mapping of modalities over `modality_names`, `<name>_config` and `modality_settings`."""
+        names = list(self.modality_names or modalities)
+        if not modalities or sorted(names) != sorted(modalities):
+            raise ValueError(
+                f"modality_names={names} but encoder configs are given for {list(modalities)}. Every modality needs "
+                "one entry, e.g. modalities={'vision': ViTConfig(), 'text': BertConfig()}."
+            )
+        settings = {name: dict(values) for name, values in self.modality_settings.items()}
+        for name in names:
+            if not name.isidentifier() or hasattr(type(self), f"{name}_config") or name == "modality":
+                raise ValueError(f"modality name {name!r} is not usable: give a Python identifier such as 'vision'.")
+            entry = modalities[name]
+            if isinstance(entry, dict) and "model_type" not in entry:
+                unknown = [key for key in entry if key not in ENTRY_KEYS]
+                if unknown or "config" not in entry:
+                    raise ValueError(
+                        f"modality {name!r}: its entry has keys {sorted(entry)}. Expected 'config' and any of "
+                        f"{nearest_first(unknown[0], ENTRY_KEYS) if unknown else ENTRY_KEYS}."
+                    )
+                settings[name] = {**settings.get(name, {}), **{k: v for k, v in entry.items() if k != "config"}}
+                entry = entry["config"]
+            setattr(self, f"{name}_config", _as_config(name, entry))
+        self.modality_names = names
+        self.modality_settings = {name: self._complete_settings(name, settings.get(name, {})) for name in names}
+
+    def _complete_settings(self, name, settings):
+        """Fills in what follows from the encoder's config: type, input key and the depths that are tapped."""
+        encoder = getattr(self, f"{name}_config")
+        settings = {key: value for key, value in settings.items() if value is not None}
+        if "type" not in settings:
+            settings["type"], settings["input"] = _encoder_type_and_input(name, encoder)
+        if settings["type"] not in TYPE_INPUTS:
+            raise ValueError(
+                f"modality {name!r}: type={settings['type']!r} is unknown. Expected one of "
+                f"{nearest_first(settings['type'], TYPE_INPUTS)}."
+            )
+        settings.setdefault("input", TYPE_INPUTS[settings["type"]][0])
+        limit = settings.get("max_tokens")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ValueError(
+                f"modality {name!r}: max_tokens={limit!r}. Expected a whole number of at least 1, or None."
+            )
+        return settings
+
+    def levels_of(self, name):
+        """Depths of encoder `name` that are bridged to fusion layers 0, 1, ... (indices into its levels)."""
+        sizes = self.level_sizes_of(name)
+        explicit = self.modality_settings[name].get("levels")
+        if explicit is not None:
+            return [_normalise_level(name, level, len(sizes)) for level in explicit]
+        if self.fusion_levels == "single":
+            return [len(sizes) - 1]
+        deepest, count = len(sizes) - 1, self.num_fusion_layers
+        return [max(1, round(deepest * (i + 1) / count)) if deepest else 0 for i in range(count)]
+
+    def level_sizes_of(self, name):
+        """Width of every level that encoder `name` offers."""
+        encoder = getattr(self, f"{name}_config")
+        sizes = self.modality_settings[name].get("hidden_sizes") or level_sizes(encoder)
+        if sizes is None:
+            raise ValueError(
+                f"modality {name!r}: the widths of an encoder of model_type={encoder.model_type!r} cannot be read off "
+                "its config. Give them in the entry: {'config': ..., 'hidden_sizes': [width of each hidden state]}."
+            )
+        return sizes
+
+    def input_keys(self, name):
+        """Keys under which a batch carries modality `name`: (values, mask or None).
+
+        The first modality of a kind takes the bare key of its encoder (`pixel_values`), later ones and feature
+        sequences are prefixed with the name (`left_pixel_values`, `eeg_values`, `eeg_mask`).
+        """
+        kind = self.modality_settings[name]["type"]
+        values, mask = self.modality_settings[name]["input"], TYPE_INPUTS[kind][1]
+        first = next(n for n in self.modality_names if self.modality_settings[n]["input"] == values)
+        prefix = "" if kind != "features" and name == first else f"{name}_"
+        return f"{prefix}{values}", mask and f"{prefix}{mask}"
+
+    @classmethod
+    def from_preset(cls, name, **overrides):
+        """A named size of the family: `"tiny"`, `"small"` or `"base"` (the JSON files of configs/models).
+
+        Raises:
+            ValueError: for an unknown preset, naming the ones there are.
+        """
+        try:
+            from crossmodal.configs import load_preset
+        except ImportError as error:
+            raise ImportError(
+                "Presets are part of the installed package. Run `pip install crossmodal`, or write the config out."
+            ) from error
+        return cls(**{**load_preset(name), **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        names = config_dict.get("modality_names") or ()
+        cls._reject_near_misses({k: v for k, v in kwargs.items() if k not in config_dict}, names)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _reject_near_misses(cls, given, modality_names=()):
+        """Unknown keys are kept, as transformers does, unless they look like a known one written wrong."""
+        known = {f.name for f in fields(cls)} | {f"{name}_config" for name in modality_names}
+        known |= {"modalities", "num_labels", "num_hidden_layers", "output_attentions", "attn_implementation"}
+        # Known to transformers' loaders and savers, and close to nothing of ours by accident only.
+        tolerated = {"torch_dtype", "_attn_implementation", "_output_attentions", "_name_or_path", "name_or_path"}
+        for key in given:
+            if key in known or key in tolerated or key.startswith("_"):
+                continue
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.8)
+            if near:
+                raise ValueError(
+                    f"{key}={given[key]!r:.80} is not a key of CrossModalConfig. Did you mean {near[0]!r}? Nearest "
+                    f"known keys: {near}. Correct the name, or remove it."
+                )
+
+    def validate_architecture(self):
+        """Combinations of fields that cannot work. Called on construction, and by every model before it is built."""
+        from .fusion_crossmodal import FUSIONS
+
+        if self.fusion_type not in FUSIONS:
+            raise ValueError(
+                f"fusion_type={self.fusion_type!r} is unknown. Expected one of "
+                f"{nearest_first(self.fusion_type, FUSIONS)}. Correct the config, or add the operator to FUSIONS in "
+                "fusion_crossmodal.py."
+            )
+        for key, allowed in {
+            "fusion_levels": FUSION_LEVELS,
+            "modality_weighting": MODALITY_WEIGHTINGS,
+            "gate": GATES,
+            "pooling": POOLINGS,
+        }.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                raise ValueError(f"{key}={value!r} is unknown. Expected one of {nearest_first(value, allowed)}.")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES + ("regression",):
+            raise ValueError(f"problem_type={self.problem_type!r} is unknown. Expected one of {PROBLEM_TYPES}.")
+        for key in ("hidden_size", "num_attention_heads", "num_fusion_layers", "intermediate_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}. Expected at least 1.")
+        if self.hidden_size % self.num_attention_heads:
+            divisors = [h for h in range(1, self.hidden_size + 1) if self.hidden_size % h == 0]
+            nearest = sorted(divisors, key=lambda h: abs(h - self.num_attention_heads))[:4]
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}. "
+                f"Allowed numbers of heads for this width: {nearest} (nearest first), or change hidden_size."
+            )
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size={self.hidden_size}. Expected a multiple of 4: positions on a grid take a sine and a "
+                "cosine of each axis."
+            )
+        for name in self.modality_names:
+            levels = self.levels_of(name)
+            if not 1 <= len(levels) <= self.num_fusion_layers:
+                raise ValueError(
+                    f"modality {name!r}: levels={levels} has {len(levels)} depths for "
+                    f"num_fusion_layers={self.num_fusion_layers}. Give 1 to {self.num_fusion_layers}: the i-th depth "
+                    "is bridged to the i-th fusion layer."
+                )
+        unknown = [name for name in self.frozen_modalities if name not in self.modality_names]
+        if unknown:
+            raise ValueError(
+                f"frozen_modalities={self.frozen_modalities}: {unknown[0]!r} is no modality of this model. Allowed: "
+                f"{nearest_first(unknown[0], self.modality_names)}."
+            )
+
+    def get_text_config(self, decoder=None, encoder=None):
+        # The default would hand out the config of the text encoder as if it were that of the whole model.
+        return self
+
+
+FeatureSequenceConfig.register_for_auto_class()
+CrossModalConfig.register_for_auto_class()

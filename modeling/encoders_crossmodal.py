@@ -1,0 +1,305 @@
+"""Encoders: one modality in, tokens at several depths out.
+
+Any transformers encoder is run through `encode_modality`; `ENCODERS` holds what transformers lacks.
+
+Letters: B batch, T tokens, D_k width of level k, H W pixels, h w token grid.
+Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
+
+from .attention_crossmodal import FeedForwardBlock, SelfAttentionBlock
+from .configuration_crossmodal import FeatureSequenceConfig
+
+
+@dataclass
+class EncodedModality:
+    """Tokens of one modality.
+
+    levels: one (B,T,D_k) per tapped depth, all with the same T. mask (B,T) bool, True for real tokens, or None if
+    all are. grid (h, w) if the last h*w tokens are an image's patches in rows, else None. positioned: whether
+    the tokens already know where they are.
+    """
+
+    levels: list
+    mask: torch.Tensor | None = None
+    grid: tuple | None = None
+    positioned: bool = True
+
+
+def sine_positions(positions, size):
+    """Sine and cosine of positions (T,) at `size/2` wavelengths (Vaswani et al. 2017). Returns (T,size)."""
+    frequencies = torch.exp(
+        torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) * (-math.log(10000.0) / size)
+    )
+    angles = positions.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def grid_positions(height, width, size, device):
+    """Sine positions of a grid, rows in the first half of the channels, columns in the second. Returns (h*w,size)."""
+    rows = sine_positions(torch.arange(height, device=device), size // 2)
+    columns = sine_positions(torch.arange(width, device=device), size // 2)
+    rows = rows[:, None].expand(height, width, size // 2)
+    columns = columns[None].expand(height, width, size // 2)
+    return torch.cat([rows, columns], dim=-1).reshape(height * width, size)
+
+
+class FeatureSequenceLayer(nn.Module):
+    """A pre-norm transformer layer over (B,T,D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = SelfAttentionBlock(config)
+        self.mlp = FeedForwardBlock(config)
+
+    def forward(self, tokens, mask=None):
+        return self.mlp(self.self_attn(tokens, mask)[0])
+
+
+class FeatureSequenceEncoder(PreTrainedModel):
+    """A transformer over a sequence of feature vectors, for any modality without an encoder of its own.
+
+    Keeps the contract of `ENCODERS`: `forward(values, mask)` returns the levels, shallowest first, and the mask of their
+    tokens.
+    """
+
+    config: FeatureSequenceConfig
+    main_input_name = "values"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.LayerNorm(config.feature_size, eps=config.layer_norm_eps)
+        self.embeddings = nn.Linear(config.feature_size, config.hidden_size)
+        self.layers = nn.ModuleList([FeatureSequenceLayer(config) for _ in range(config.num_hidden_layers)])
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(self, values, mask=None):
+        """values (B,T,...) with `feature_size` numbers a step, mask (B,T) bool or None."""
+        values = values.flatten(2) if values.dim() > 3 else values
+        if values.dim() != 3 or values.shape[-1] != self.config.feature_size:
+            raise ValueError(
+                f"feature values of shape {tuple(values.shape)} were given. Expected (batch, steps, ...) with "
+                f"feature_size={self.config.feature_size} numbers a step. Correct the input or the encoder's config."
+            )
+        tokens = self.embeddings(self.norm(values.to(self.embeddings.weight.dtype)))
+        if self.config.use_positions:
+            positions = sine_positions(torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[-1])
+            tokens = tokens + positions.to(tokens.dtype)
+        levels = [tokens]
+        for layer in self.layers:
+            levels.append(layer(levels[-1], mask))
+        levels[-1] = self.final_norm(levels[-1])
+        return levels, mask
+
+
+class CustomEncoderConfig(PreTrainedConfig):
+    """Stands for a module given to `from_encoders` that no shipped type can rebuild. Trains, but cannot be saved."""
+
+    model_type = "crossmodal_custom"
+
+    class_name: str = ""
+    level_sizes: list[int] | None = None
+
+
+# Encoders that transformers lacks: model_type to the class, built from its config.
+# Contract: `forward(values, mask)` -> (levels, mask of their tokens), levels as (B,T,D_k) or (B,D_k,h,w), widths as
+# `level_sizes` of the config (or of the module itself) says.
+ENCODERS = {FeatureSequenceConfig.model_type: FeatureSequenceEncoder}
+
+
+def build_encoder(config, name="encoder"):
+    """A randomly initialised encoder of a config: a row of `ENCODERS`, or what AutoModel builds, without a pooler."""
+    if config.model_type in ENCODERS:
+        return ENCODERS[config.model_type](config)
+    if config.model_type == CustomEncoderConfig.model_type:
+        raise ValueError(
+            f"modality {name!r} was composed from a module of class {config.class_name!r}, which no config can "
+            f"rebuild. Pass the module itself to from_encoders, or give it a row in ENCODERS ({sorted(ENCODERS)})."
+        )
+    model_class = encoder_class(config)
+    drop_unsupported_attention(config, model_class)
+    if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        # A pooler that nobody reads would never get a gradient.
+        return model_class._from_config(config, add_pooling_layer=False)
+    return model_class._from_config(config)
+
+
+def encoder_class(config):
+    """The class that encodes one modality, where AutoModel's own would be an encoder-decoder."""
+    if config.model_type == "whisper":
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        return WhisperEncoder
+    for auto_class in (AutoModelForTextEncoding, AutoModel):
+        mapping = auto_class._model_mapping
+        if getattr(config, "is_encoder_decoder", False) or auto_class is AutoModel:
+            if type(config) in mapping:
+                found = mapping[type(config)]
+                return found[0] if isinstance(found, tuple) else found
+    raise ValueError(
+        f"no encoder class is known for model_type={config.model_type!r}. Use a model that AutoModel loads, or add one "
+        "to ENCODERS in encoders_crossmodal.py."
+    )
+
+
+def drop_unsupported_attention(config, model_class):
+    """Leaves the choice of attention to an encoder that lacks the backend asked for (convolutional ones have none)."""
+    wanted = config._attn_implementation
+    supports = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+    flag = supports.get(wanted, "_supports_flash_attn" if wanted and "flash" in wanted else None)
+    if flag and not getattr(model_class, flag, False):
+        config._attn_implementation = None
+
+
+# Parameters that never reach a level: their gradient would stay None for ever.
+_UNREACHED = {
+    "clip_vision_model": ("post_layernorm",),
+    "convnext": ("layernorm",),
+    "convnextv2": ("layernorm",),
+    "siglip_vision_model": ("head",),
+    "dinov2": ("embeddings.mask_token",),
+    "dinov2_with_registers": ("embeddings.mask_token",),
+    "beit": ("embeddings.mask_token",),
+    "swin": ("embeddings.mask_token",),
+    "vit": ("embeddings.mask_token",),
+}
+
+
+def freeze_unreached(encoder):
+    """Takes parameters that no token depends on (poolers, mask tokens) out of training."""
+    unreached = (*_UNREACHED.get(encoder.config.model_type, ()), "pooler")
+    for name, parameter in encoder.named_parameters():
+        if any(name == part or f".{part}." in f".{name}." for part in unreached):
+            parameter.requires_grad_(False)
+
+
+def has_batch_norm(encoder):
+    """Whether rows of a batch see each other in training."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
+
+
+def encode_modality(encoder, kind, values, mask, levels):
+    """Runs one encoder and taps it.
+
+    Args:
+        encoder: a transformers model, or a module that keeps the contract of `ENCODERS`.
+        kind: "vision", "text", "audio", "video" or "features".
+        values: what the encoder reads, (B,3,H,W), (B,T), (B,F,T), (B,samples), (B,frames,3,H,W) or (B,T,...).
+        mask: (B, positions of the input) or None.
+        levels: indices of the depths to return.
+
+    Returns:
+        EncodedModality with one (B,T,D_k) per level.
+    """
+    if mask is not None:
+        mask = mask.bool()
+        # Whatever stands in padded positions must not matter, not even through group norms or convolutions.
+        if kind == "text":
+            values = values.masked_fill(~mask, encoder.config.pad_token_id or 0)
+        elif values.shape[: mask.dim()] == mask.shape:
+            values = values.masked_fill(~mask.view(*mask.shape, *[1] * (values.dim() - mask.dim())), 0)
+    if isinstance(encoder, PreTrainedModel) and encoder.config.model_type not in ENCODERS:
+        states, mask = _run_transformers_encoder(encoder, kind, values, mask)
+    else:
+        states, mask = encoder(values, mask)
+    tapped = [states[level] for level in levels]
+    if tapped[-1].dim() == 4:
+        grid = tuple(tapped[-1].shape[-2:])
+        return EncodedModality([_grid_tokens(level, grid) for level in tapped], None, grid, positioned=False)
+    return EncodedModality(tapped, mask, _patch_grid(encoder, kind, values, tapped[-1].shape[1]))
+
+
+def _run_transformers_encoder(encoder, kind, values, mask):
+    """All levels of a transformers encoder, and the mask of its tokens."""
+    arguments = {encoder.main_input_name: values}
+    accepted = inspect.signature(encoder.forward).parameters
+    if mask is not None and "attention_mask" in accepted:
+        arguments["attention_mask"] = mask.long()
+    if "interpolate_pos_encoding" in accepted and kind == "vision":
+        arguments["interpolate_pos_encoding"] = _needs_interpolation(encoder.config, values)
+    output = encoder(**arguments, output_hidden_states=True, return_dict=True)
+    # Windowed pyramids (Swin) keep their grids apart from the flat sequences.
+    states = list(getattr(output, "reshaped_hidden_states", None) or output.hidden_states)
+    last = output.last_hidden_state
+    if states[-1].dim() == 4 and last.dim() == 3:
+        last = last.transpose(1, 2).reshape(states[-1].shape)
+    if states[-1].shape == last.shape:
+        states[-1] = last
+    else:
+        states.append(last)
+    if kind == "audio" and mask is not None:
+        mask = _audio_token_mask(encoder, mask, last.shape[1])
+    return states, mask if kind in ("text", "audio") else None
+
+
+def _needs_interpolation(config, pixel_values):
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return False
+    expected = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return tuple(pixel_values.shape[-2:]) != expected
+
+
+def _audio_token_mask(encoder, mask, num_tokens):
+    """Mask of an audio encoder's tokens from the mask of its frames or samples. Returns (B,T)."""
+    if mask.shape[1] == num_tokens:
+        return mask
+    if hasattr(encoder, "_get_feature_vector_attention_mask"):
+        return encoder._get_feature_vector_attention_mask(num_tokens, mask.long()).bool()
+    # A token is real if the frame at its centre is.
+    centres = ((torch.arange(num_tokens, device=mask.device) + 0.5) * mask.shape[1] / num_tokens).long()
+    return mask[:, centres]
+
+
+def _grid_tokens(level, grid):
+    """(B,D,h,w) to tokens (B,h'w',D), averaged onto the grid (h', w') of the level that sets the token count."""
+    if tuple(level.shape[-2:]) != tuple(grid):
+        level = nn.functional.adaptive_avg_pool2d(level, tuple(grid))
+    return level.flatten(2).transpose(1, 2)
+
+
+def _patch_grid(encoder, kind, values, num_tokens):
+    """Grid of a patch encoder's tokens, which follow its class and register tokens."""
+    patch = getattr(getattr(encoder, "config", None), "patch_size", None)
+    if kind != "vision" or not isinstance(patch, int):
+        return None
+    grid = (values.shape[-2] // patch, values.shape[-1] // patch)
+    return grid if grid[0] * grid[1] <= num_tokens else None
+
+
+def limit_tokens(encoded, max_tokens):
+    """Averages neighbouring tokens until at most `max_tokens` are left. Returns an EncodedModality."""
+    num_tokens = encoded.levels[0].shape[1]
+    if num_tokens <= max_tokens:
+        return encoded
+    if encoded.grid is not None and encoded.grid[0] * encoded.grid[1] == num_tokens:
+        height, width = encoded.grid
+        shrink = math.sqrt(max_tokens / num_tokens)
+        grid = (max(1, int(height * shrink)), max(1, int(width * shrink)))
+        levels = [_grid_tokens(level.transpose(1, 2).unflatten(2, (height, width)), grid) for level in encoded.levels]
+        return EncodedModality(levels, None, grid, encoded.positioned)
+    stride = -(-num_tokens // max_tokens)
+    levels, mask = [], None
+    real = encoded.mask
+    if real is None:
+        real = torch.ones(encoded.levels[0].shape[:2], dtype=torch.bool, device=encoded.levels[0].device)
+    padding = -num_tokens % stride
+    real = nn.functional.pad(real, (0, padding)).unflatten(1, (-1, stride))
+    mask = real.any(2)
+    for level in encoded.levels:
+        level = nn.functional.pad(level, (0, 0, 0, padding)).unflatten(1, (-1, stride))
+        weights = real.to(level.dtype)[..., None]
+        levels.append((level * weights).sum(2) / weights.sum(2).clamp(min=1))
+    return EncodedModality(levels, mask if encoded.mask is not None else None, None, encoded.positioned)

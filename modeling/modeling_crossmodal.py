@@ -1,0 +1,643 @@
+"""CrossModal models: encoders of any modality, fused by cross-modal attention, with a head per task.
+
+`CrossModalModel.forward` reads as encode, project, fuse. Heads turn its output into logits and a loss.
+
+Letters: B batch, T_m tokens of modality m, D hidden_size, M modalities, A answers.
+Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from .configuration_crossmodal import CrossModalConfig, nearest_first
+from .encoders_crossmodal import (
+    ENCODERS,
+    CustomEncoderConfig,
+    build_encoder,
+    drop_unsupported_attention,
+    encode_modality,
+    encoder_class,
+    freeze_unreached,
+    grid_positions,
+    has_batch_norm,
+    limit_tokens,
+)
+from .fusion_crossmodal import FUSIONS, ModalityWeighting, StaticGate, TokenPooling
+from .losses_crossmodal import class_loss, soft_target_loss
+
+
+logger = logging.get_logger(__name__)
+
+# Handed down by transformers, Trainer and accelerate to any forward.
+_PASSTHROUGH = {"num_items_in_batch", "return_dict", "output_hidden_states", "use_cache", "token_type_ids"}
+
+
+@dataclass
+class CrossModalOutput(ModelOutput):
+    """Output of the base model.
+
+    last_hidden_state: fused tokens of all modalities present, in the order of the config (B, sum of T_m, D).
+    attention_mask: their mask (B, sum of T_m) bool, True for real tokens.
+    pooler_output: the weighted representation (B,D).
+    modality_weights: (B,M), 0 for the absent, rows sum to 1.
+    modality_embeddings: (B,M,D), one pooled vector per modality, 0 for the absent.
+    modality_tokens: {modality: (B,T_m,D)}, with output_hidden_states=True.
+    token_grids: {modality: (h, w)} for modalities whose last h*w tokens are patches in rows.
+    cross_attentions: per fusion layer {"m<-n": (B,heads,T_m,T_n)}, with output_attentions=True.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    attention_mask: torch.BoolTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    modality_weights: torch.FloatTensor | None = None
+    modality_embeddings: torch.FloatTensor | None = None
+    modality_tokens: dict[str, torch.FloatTensor] | None = None
+    token_grids: dict[str, tuple[int, int]] | None = None
+    cross_attentions: tuple[dict[str, torch.FloatTensor], ...] | None = None
+
+
+@dataclass
+class CrossModalClassifierOutput(ModelOutput):
+    """Output of a classification head: loss (scalar, with labels), logits (B,A), and what the base model says."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    modality_weights: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    modality_tokens: dict[str, torch.FloatTensor] | None = None
+    token_grids: dict[str, tuple[int, int]] | None = None
+    cross_attentions: tuple[dict[str, torch.FloatTensor], ...] | None = None
+
+
+class ModalityProjection(nn.Module):
+    """Levels of one encoder at the fusion width: P^l X^l + type [+ positions on a grid]."""
+
+    def __init__(self, config, name):
+        super().__init__()
+        sizes = config.level_sizes_of(name)
+        widths = [sizes[level] for level in config.levels_of(name)]
+        # Depths of an encoder differ in scale by orders of magnitude: each is normalised before it is projected.
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for width in widths])
+        self.projections = nn.ModuleList([nn.Linear(width, config.hidden_size) for width in widths])
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, encoded, modality_type):
+        """encoded: EncodedModality, modality_type (D,). Returns a list of (B,T,D), one per level."""
+        shift = modality_type
+        if encoded.grid is not None and not encoded.positioned:
+            positions = grid_positions(*encoded.grid, modality_type.shape[-1], modality_type.device)
+            shift = modality_type + positions.to(modality_type.dtype)
+        return [
+            self.dropout(project(norm(level.to(norm.weight.dtype))) + shift)
+            for norm, project, level in zip(self.norms, self.projections, encoded.levels, strict=True)
+        ]
+
+
+class CrossModalPreTrainedModel(PreTrainedModel):
+    """Loading, saving, composing and freezing, for every model of the family."""
+
+    config: CrossModalConfig
+    base_model_prefix = "crossmodal"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text", "audio", "video")
+    supports_gradient_checkpointing = True
+    # Losses are plain means over the batch: Trainer has to do the division by accumulation steps and ranks.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["CrossFusionLayer", "FeatureSequenceLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config, *args, **kwargs):
+        # `from_pretrained(hidden_size=33)` sets attributes one by one: only here is the whole known.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # Leaves only: for remote code transformers never calls this on a module without parameters of its own.
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, StaticGate):
+            init.zeros_(module.weight)
+        for name, value in getattr(module, "initial_values", {}).items():
+            init.constant_(getattr(module, name), value)
+
+    @property
+    def _base(self):
+        return getattr(self, self.base_model_prefix, self)
+
+    def get_input_embeddings(self):
+        """The word embeddings of the first text encoder."""
+        for name in self.config.modality_names:
+            if self.config.modality_settings[name]["type"] == "text":
+                return self._base.encoders[name].get_input_embeddings()
+        raise NotImplementedError(f"None of the modalities {self.config.modality_names} is text.")
+
+    def set_input_embeddings(self, value):
+        for name in self.config.modality_names:
+            if self.config.modality_settings[name]["type"] == "text":
+                self._base.encoders[name].set_input_embeddings(value)
+
+    def freeze(self, *names):
+        """Takes encoders out of training, by modality name; they stay in eval mode. Saved with the config."""
+        self._set_frozen({*self.config.frozen_modalities, *self._known(names)})
+
+    def unfreeze(self, *names):
+        """Puts encoders back into training, by modality name."""
+        self._set_frozen({*self.config.frozen_modalities} - set(self._known(names)))
+
+    def _known(self, names):
+        for name in names:
+            if name not in self.config.modality_names:
+                near = nearest_first(name, self.config.modality_names)
+                raise ValueError(f"{name!r} is no modality of this model. Allowed: {near}.")
+        return names
+
+    def _set_frozen(self, frozen):
+        self.config.frozen_modalities = [name for name in self.config.modality_names if name in frozen]
+        self._base._apply_freezing()
+
+    def set_attn_implementation(self, attn_implementation, **kwargs):
+        if isinstance(attn_implementation, str):
+            wanted = {"": attn_implementation}
+            for name in self.config.modality_names:
+                encoder = self._base.encoders[name]
+                if isinstance(encoder, PreTrainedModel):
+                    probe = type("Probe", (), {"_attn_implementation": attn_implementation})()
+                    drop_unsupported_attention(probe, type(encoder))
+                    if probe._attn_implementation:
+                        wanted[f"{name}_config"] = attn_implementation
+            attn_implementation = wanted
+        return super().set_attn_implementation(attn_implementation, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        for name in self.config.modality_names:
+            encoder_config = getattr(self.config, f"{name}_config")
+            if encoder_config.model_type == CustomEncoderConfig.model_type:
+                raise ValueError(
+                    f"modality {name!r} was composed from a module of class {encoder_config.class_name!r}, which no "
+                    f"process without that class could load. Shipped types: {sorted(ENCODERS)} and every transformers "
+                    "encoder. Add the class to ENCODERS in encoders_crossmodal.py with a config of its own, or "
+                    "save `model.state_dict()` for your own use."
+                )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_encoders(cls, *, freeze=(), **named):
+        """Composes a model from any encoders, by modality name.
+
+        Args:
+            freeze: names of encoders to keep as they are (eval mode, no gradient).
+            named: modality name to a Hub id, a local folder, a transformers config (random weights), a
+                `PreTrainedModel`, a module that keeps the contract of `ENCODERS` (with `level_sizes`), or a dict
+                `{"model": any of these, "levels": [...], "max_tokens": n, "type": ...}`; and fields of
+                `CrossModalConfig` to override. Of a model with several towers (CLIP, SigLIP, CLAP, Whisper) the one
+                that fits the name or the "type" is taken.
+
+        Returns:
+            A model with the encoders' weights and fresh fusion and head.
+
+        Example:
+            >>> model = CrossModalForVQA.from_encoders(
+            ...     vision="google/vit-base-patch16-224", text="bert-base-uncased", freeze=("vision",), num_labels=3129
+            ... )
+        """
+        overrides, encoders = {}, {}
+        fields = set(CrossModalConfig.__dataclass_fields__) | {"num_labels", "num_hidden_layers"}
+        for name, value in named.items():
+            (overrides if name in fields else encoders)[name] = value
+        CrossModalConfig._reject_near_misses(encoders)
+        if not encoders:
+            raise ValueError(
+                "from_encoders was given no encoder. Name at least one, e.g. vision='google/vit-base-patch16-224'."
+            )
+        attention = overrides.pop("attn_implementation", None)
+        modalities, modules = {}, {}
+        for name, value in encoders.items():
+            entry = dict(value) if isinstance(value, dict) and "model" in value else {"model": value}
+            modules[name], entry["config"] = _load_encoder(name, entry.pop("model"), entry)
+            modalities[name] = entry
+        config = CrossModalConfig(modalities=modalities, frozen_modalities=list(freeze), **overrides)
+        if attention is not None:
+            config._attn_implementation = attention
+        model = cls._from_config(config, encoders=modules)
+        model._base._apply_freezing()
+        return model
+
+
+def _load_encoder(name, source, entry):
+    """An encoder with its weights, and its config, from whatever `from_encoders` was given. Module None: build it."""
+    if isinstance(source, PreTrainedConfig):
+        return None, _tower_config(name, source, entry)
+    if isinstance(source, PreTrainedModel):
+        return _tower_of(name, source, entry)
+    if isinstance(source, nn.Module):
+        sizes = entry.get("hidden_sizes") or getattr(source, "level_sizes", None)
+        if sizes is None:
+            raise ValueError(
+                f"modality {name!r}: a module of class {type(source).__name__} was given. Expected an attribute "
+                "`level_sizes` (width of every level it returns) and forward(values, mask) -> (levels, mask)."
+            )
+        entry.setdefault("type", "features")
+        entry["hidden_sizes"] = list(sizes)
+        return source, CustomEncoderConfig(class_name=type(source).__name__, level_sizes=list(sizes))
+    if not isinstance(source, (str, Path)):
+        raise ValueError(
+            f"modality {name!r}: got {type(source).__name__}. Expected a Hub id, a folder, a transformers config, a "
+            "PreTrainedModel, or a module that keeps the contract of ENCODERS."
+        )
+    try:
+        full = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"modality {name!r}: {str(source)!r} is neither a folder with a model nor a model that the Hub hands out "
+            f"here ({type(error).__name__}: {str(error).splitlines()[0]}). Correct the name, or give a config."
+        ) from error
+    config = _tower_config(name, full, entry)
+    if config.model_type in ENCODERS:
+        model = ENCODERS[config.model_type].from_pretrained(source)
+    else:
+        model = encoder_class(config).from_pretrained(source, config=config)
+    if Path(source).is_dir():
+        # A path of this machine has no place in a config that will be published.
+        model.config._name_or_path = ""
+    return _tower_of(name, model, entry)
+
+
+def _wanted_tower(name, entry):
+    kind = entry.get("type") or name
+    return {"image": "vision", "images": "vision", "question": "text", "sound": "audio"}.get(kind, kind)
+
+
+def _tower_config(name, config, entry):
+    """The config of the tower that fits the modality, where a model has several."""
+    tower = getattr(config, f"{_wanted_tower(name, entry)}_config", None)
+    if tower is not None:
+        return tower
+    towers = [key for key in config.sub_configs if key.endswith("_config")]
+    if {"vision_config", "text_config"} & set(towers):
+        raise ValueError(
+            f"modality {name!r}: a model of type {config.model_type!r} has towers {sorted(towers)}. Say which: "
+            f"{name}={{'model': ..., 'type': 'vision' or 'text' or 'audio'}}."
+        )
+    return config
+
+
+def _tower_of(name, model, entry):
+    """The tower of a loaded model that fits the modality, and its config."""
+    config = _tower_config(name, model.config, entry)
+    if config is not model.config:
+        model = getattr(model, f"{_wanted_tower(name, entry)}_model")
+    elif getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        model = model.get_encoder()
+    elif model.base_model is not model:
+        # A head on top (for example a classifier) is left behind.
+        model = model.base_model
+    return model, model.config
+
+
+class CrossModalModel(CrossModalPreTrainedModel):
+    """Encoders and their fusion, without a head.
+
+    Args:
+        config: CrossModalConfig.
+        encoders: {modality: module} to use instead of building them from the config.
+    """
+
+    def __init__(self, config, encoders=None):
+        super().__init__(config)
+        given = encoders or {}
+        self.encoders = nn.ModuleDict()
+        for name in config.modality_names:
+            encoder = given.get(name)
+            if encoder is None:
+                encoder = build_encoder(getattr(config, f"{name}_config"), name)
+            else:
+                for module in encoder.modules():
+                    # Weights that were handed in are trained ones: `post_init` must leave them alone.
+                    module._is_hf_initialized = True
+            self.encoders[name] = encoder
+        self.modality_types = nn.Embedding(len(config.modality_names), config.hidden_size)
+        self.projections = nn.ModuleDict({name: ModalityProjection(config, name) for name in config.modality_names})
+        self.fusion = FUSIONS[config.fusion_type](config)
+        self.poolings = nn.ModuleDict({name: TokenPooling(config) for name in config.modality_names})
+        self.weighting = ModalityWeighting(config)
+        self.outputs = nn.ModuleDict(
+            {name: nn.Linear(config.hidden_size, config.hidden_size) for name in config.modality_names}
+        )
+        self._input_names = {}
+        for index, name in enumerate(config.modality_names):
+            values, mask = config.input_keys(name)
+            self._input_names |= {values: (name, 0), f"{name}_{config.modality_settings[name]['input']}": (name, 0)}
+            if mask:
+                self._input_names |= {mask: (name, 1), f"{name}_{mask}": (name, 1)}
+            if index == 0:
+                self.main_input_name = values
+        self.post_init()
+        self._apply_freezing()
+
+    def _apply_freezing(self):
+        for name, encoder in self.encoders.items():
+            frozen = name in self.config.frozen_modalities
+            for parameter in encoder.parameters():
+                parameter.requires_grad_(not frozen)
+            if isinstance(encoder, PreTrainedModel):
+                freeze_unreached(encoder)
+            if frozen:
+                encoder.eval()
+
+    def train(self, mode=True):
+        super().train(mode)
+        for name in self.config.frozen_modalities:
+            self.encoders[name].eval()
+        return self
+
+    def _collect_inputs(self, inputs, modality_mask):
+        """Sorts forward's arguments by modality: {name: [values, mask]} in the order of the config."""
+        given = {}
+        for key, value in inputs.items():
+            if key not in self._input_names:
+                if key in _PASSTHROUGH:
+                    continue
+                near = nearest_first(key, [k for k in self._input_names])
+                raise TypeError(f"{type(self).__name__} got an input {key!r}. Expected any of {near}.")
+            if value is not None:
+                name, position = self._input_names[key]
+                given.setdefault(name, [None, None])[position] = value
+        collected = {n: tuple(given[n]) for n in self.config.modality_names if n in given and given[n][0] is not None}
+        if not collected:
+            raise ValueError(
+                f"No modality was given. Pass at least one of {[self.config.input_keys(n)[0] for n in self.encoders]}."
+            )
+        sizes = {name: len(values) for name, (values, _) in collected.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"Modalities have different batch sizes: {sizes}. Give one row each, and modality_mask.")
+        return collected
+
+    def encode(self, inputs, modality_mask=None):
+        """Raw batches to tokens at the tapped depths.
+
+        inputs {modality: (values, mask or None)}, modality_mask (B,M) bool or None. Returns
+        ({modality: EncodedModality} for what is present, presence (B,M) bool).
+        """
+        names = self.config.modality_names
+        values = next(iter(inputs.values()))[0]
+        presence = torch.tensor([name in inputs for name in names], device=values.device)
+        presence = presence.expand(len(values), len(names))
+        if modality_mask is not None:
+            if modality_mask.shape != presence.shape:
+                raise ValueError(
+                    f"modality_mask has shape {tuple(modality_mask.shape)}. Expected {tuple(presence.shape)}: rows by "
+                    f"modalities {names}."
+                )
+            presence = presence & modality_mask.bool()
+            if not torch.compiler.is_compiling() and not presence.any(dim=1).all():
+                row = int((~presence.any(dim=1)).nonzero()[0])
+                raise ValueError(f"row {row} of the batch has no modality at all. Give at least one of {names}.")
+        encoded = {}
+        for index, name in enumerate(names):
+            if name in inputs:
+                rows = None if modality_mask is None else presence[:, index]
+                result = self._encode_one(name, *inputs[name], rows)
+                if result is not None:
+                    encoded[name] = result
+        return encoded, presence
+
+    def _encode_one(self, name, values, mask, rows):
+        """One modality of a batch of which some rows may lack it. rows (B,) bool or None. None if all rows do."""
+        encoder, kind = self.encoders[name], self.config.modality_settings[name]["type"]
+        levels = self.config.levels_of(name)
+
+        def run(values, mask):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.config.frozen_modalities):
+                result = encode_modality(encoder, kind, values, mask, levels)
+            limit = self.config.modality_settings[name].get("max_tokens")
+            return result if limit is None else limit_tokens(result, limit)
+
+        if rows is None:
+            return run(values, mask)
+        if torch.compiler.is_compiling():
+            # Fixed shapes: absent rows are encoded as zeros and taken out afterwards.
+            if self.training and has_batch_norm(encoder):
+                raise ValueError(f"{name!r} has batch norm: absent rows cannot be compiled in training mode.")
+            keep = rows.view(-1, *[1] * (values.dim() - 1))
+            result = run(values.masked_fill(~keep, 0), mask)
+            result.levels = [level.masked_fill(~rows[:, None, None], 0.0) for level in result.levels]
+        else:
+            # Only present rows are encoded: it costs less, and batch norm never sees what is not there.
+            present = rows.nonzero().squeeze(1)
+            if len(present) == 0:
+                return None
+            result = run(values[present], None if mask is None else mask[present])
+            if len(present) == len(rows):
+                return result
+            result.levels = [
+                level.new_zeros(len(rows), *level.shape[1:]).index_copy(0, present, level) for level in result.levels
+            ]
+            if result.mask is not None:
+                result.mask = result.mask.new_zeros(len(rows), result.mask.shape[1]).index_copy(
+                    0, present, result.mask
+                )
+        whole = rows[:, None].expand(-1, result.levels[0].shape[1])
+        result.mask = whole if result.mask is None else result.mask & whole
+        return result
+
+    def project(self, encoded):
+        """Tokens of every modality at the fusion width. Returns {modality: [(B,T_m,D) per level]}."""
+        types = dict(zip(self.config.modality_names, self.modality_types.weight, strict=True))
+        return {name: self.projections[name](tokens, types[name]) for name, tokens in encoded.items()}
+
+    def fuse(self, levels, masks, presence, output_attentions=False):
+        """Cross-modal layers, pooling and modality weights.
+
+        Returns tokens {modality: (B,T_m,D)}, modality embeddings (B,M,D), weights (B,M), pooled (B,D), attentions.
+        """
+        tokens, attentions = self.fusion(levels, masks, output_attentions)
+        some = next(iter(tokens.values()))
+        pooled = [
+            self.poolings[name](tokens[name], masks[name])
+            if name in tokens
+            else some.new_zeros(len(some), some.shape[-1])
+            for name in self.config.modality_names
+        ]
+        embeddings = torch.stack(pooled, dim=1)
+        weights = self.weighting(embeddings, presence)
+        fused = 0
+        for index, name in enumerate(self.config.modality_names):
+            if name in tokens:
+                fused = fused + weights[:, index, None] * self.outputs[name](embeddings[:, index])
+        return tokens, embeddings, weights, fused, attentions
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values=None,
+        input_ids=None,
+        attention_mask=None,
+        input_values=None,
+        input_features=None,
+        audio_attention_mask=None,
+        pixel_values_videos=None,
+        modality_mask=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        **named_inputs,
+    ):
+        """Any subset of modalities, by the input keys of their encoders.
+
+        Args:
+            pixel_values: images (B,3,H,W) of the first vision modality; others are `<name>_pixel_values`.
+            input_ids, attention_mask: text (B,T), and 1 for real tokens.
+            input_values, input_features, audio_attention_mask: audio, as its encoder takes it.
+            pixel_values_videos: (B,frames,3,H,W).
+            named_inputs: `<name>_values (B,T,...)` and `<name>_mask (B,T)` of feature sequences, and inputs of further
+                modalities prefixed with their name.
+            modality_mask: (B,M) bool, False where a row lacks a modality; columns in the order of
+                `config.modality_names`. What stands in the inputs of such a row does not matter.
+            output_attentions: also return `cross_attentions`, under any attention backend.
+            output_hidden_states: also return `modality_tokens`.
+
+        Returns:
+            CrossModalOutput.
+
+        Raises:
+            ValueError: if a row has no modality at all. TypeError: for an input that no modality reads.
+        """
+        inputs = {
+            "pixel_values": pixel_values,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "input_values": input_values,
+            "input_features": input_features,
+            "audio_attention_mask": audio_attention_mask,
+            "pixel_values_videos": pixel_values_videos,
+        }
+        inputs = {key: value for key, value in inputs.items() if value is not None} | named_inputs
+        encoded, presence = self.encode(self._collect_inputs(inputs, modality_mask), modality_mask)
+        masks = {name: tokens.mask for name, tokens in encoded.items()}
+        levels = self.project(encoded)
+        tokens, embeddings, weights, pooled, attentions = self.fuse(levels, masks, presence, bool(output_attentions))
+        return CrossModalOutput(
+            last_hidden_state=torch.cat(list(tokens.values()), dim=1),
+            attention_mask=torch.cat([_full_mask(tokens[name], masks[name]) for name in tokens], dim=1),
+            pooler_output=pooled,
+            modality_weights=weights,
+            modality_embeddings=embeddings,
+            modality_tokens=tokens if output_hidden_states else None,
+            token_grids={name: item.grid for name, item in encoded.items() if item.grid}
+            if output_attentions
+            else None,
+            cross_attentions=attentions if output_attentions else None,
+        )
+
+
+def _full_mask(tokens, mask):
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
+
+
+class ClassificationHead(nn.Module):
+    """LN, linear, GELU, dropout, linear: (B,D) to (B,num_labels)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.classifier_hidden_size or 2 * config.hidden_size
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dense = nn.Linear(config.hidden_size, width)
+        self.activation = nn.GELU()
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(width, config.num_labels)
+
+    def forward(self, pooled):
+        return self.out_proj(self.dropout(self.activation(self.dense(self.norm(pooled)))))
+
+
+class CrossModalForVQA(CrossModalPreTrainedModel):
+    """Answers questions about any modalities by choosing from the answers in `config.id2label`.
+
+    The loss follows `config.problem_type`: `"single_label_classification"` is cross entropy on one answer per row,
+    `"multi_label_classification"` the summed binary cross entropy on soft targets (VQA v2). Left at None it is
+    taken from the first labels seen: long (B,) or float (B,A).
+    """
+
+    def __init__(self, config, encoders=None):
+        super().__init__(config)
+        self.crossmodal = CrossModalModel(config, encoders)
+        self.main_input_name = self.crossmodal.main_input_name
+        self.classifier = ClassificationHead(config)
+        self.post_init()
+        self.crossmodal._apply_freezing()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values=None,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        modality_mask=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        **named_inputs,
+    ):
+        """The inputs of `CrossModalModel`, and `labels`: (B,) answer ids (-100: no answer) or (B,A) scores in [0,1].
+
+        Returns:
+            CrossModalClassifierOutput.
+        """
+        outputs = self.crossmodal(
+            pixel_values=pixel_values,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            modality_mask=modality_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **{key: value for key, value in named_inputs.items() if key != "return_dict"},
+        )
+        logits = self.classifier(outputs.pooler_output)
+        return CrossModalClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            modality_weights=outputs.modality_weights,
+            pooler_output=outputs.pooler_output if output_hidden_states else None,
+            modality_tokens=outputs.modality_tokens,
+            token_grids=outputs.token_grids,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+    def _loss(self, logits, labels):
+        soft = labels.is_floating_point()
+        if self.config.problem_type is None:
+            self.config.problem_type = "multi_label_classification" if soft else "single_label_classification"
+        expected = logits.shape if soft else logits.shape[:1]
+        if soft != (self.config.problem_type == "multi_label_classification") or labels.shape != expected:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit "
+                f"problem_type={self.config.problem_type!r}. Expected float scores {tuple(logits.shape)} for "
+                f"'multi_label_classification', or answer ids {tuple(logits.shape[:1])} for "
+                "'single_label_classification'."
+            )
+        if soft:
+            return soft_target_loss(logits, labels)
+        return class_loss(logits, labels, self.config.label_smoothing)
+
+
+CrossModalModel.register_for_auto_class("AutoModel")
+CrossModalForVQA.register_for_auto_class("AutoModelForVisualQuestionAnswering")
+
+__all__ = ["CrossModalForVQA", "CrossModalModel", "CrossModalPreTrainedModel"]

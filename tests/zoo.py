@@ -1,0 +1,68 @@
+"""Tiny encoders of every supported type with an input for each: (config, key, values)."""
+
+import torch
+from transformers import CONFIG_MAPPING
+
+
+_COLUMN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_TEXT = {**_COLUMN, "vocab_size": 60, "max_position_embeddings": 40}
+_IDS = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+
+_VISION = {
+    "vit": {**_COLUMN, "image_size": 64, "patch_size": 16},
+    "dinov2": {**_COLUMN, "image_size": 64, "patch_size": 16},
+    "clip_vision_model": {**_COLUMN, "image_size": 64, "patch_size": 16},
+    "siglip_vision_model": {**_COLUMN, "image_size": 64, "patch_size": 16},
+    "swin": {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [2, 2, 4],
+             "window_size": 4},
+    "convnext": {"hidden_sizes": [8, 16, 32], "depths": [1, 1, 1], "num_stages": 3},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16, 32], "depths": [1, 1, 1], "layer_type": "basic"},
+    "mobilenet_v2": {"depth_multiplier": 0.35},
+}
+_TEXTS = {
+    "bert": _TEXT,
+    "roberta": _TEXT,
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 60,
+                   "max_position_embeddings": 40},
+    "modernbert": {**_TEXT, **_IDS},
+    "mpnet": _TEXT,
+}
+_AUDIO = {
+    "audio-spectrogram-transformer": ({**_COLUMN, "num_mel_bins": 32, "max_length": 64}, "input_values", (64, 32)),
+    "whisper": (
+        {"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "max_source_positions": 50, "num_mel_bins": 20,
+         "vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+        "input_features",
+        (20, 100),
+    ),
+    "wav2vec2": (
+        {**_COLUMN, "conv_dim": [16] * 3, "conv_stride": [5, 4, 2], "conv_kernel": [10, 8, 4],
+         "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 3,
+         "mask_time_prob": 0.0},
+        "input_values",
+        (4000,),
+    ),
+}  # fmt: skip
+
+MODEL_TYPES = [*_VISION, *_TEXTS, *_AUDIO, "crossmodal_features"]
+
+
+def tiny_encoder(model_type, batch_size=2):
+    """(entry for `modalities`, modality type, batch of inputs) for a type of encoder."""
+    generator = torch.Generator().manual_seed(0)
+    if model_type == "crossmodal_features":
+        entry = {"model_type": model_type, "feature_size": 6, "hidden_size": 16, "intermediate_size": 32}
+        return entry, "features", {"values": torch.randn(batch_size, 9, 6, generator=generator)}
+    if model_type in _VISION:
+        kind, arguments = "vision", _VISION[model_type]
+        batch = {"pixel_values": torch.randn(batch_size, 3, 64, 64, generator=generator)}
+    elif model_type in _TEXTS:
+        kind, arguments = "text", _TEXTS[model_type]
+        batch = {"input_ids": torch.randint(5, 50, (batch_size, 7), generator=generator)}
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    else:
+        kind = "audio"
+        arguments, key, shape = _AUDIO[model_type]
+        batch = {key: torch.randn(batch_size, *shape, generator=generator)}
+    return CONFIG_MAPPING[model_type](**arguments), kind, batch
