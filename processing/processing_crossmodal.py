@@ -1,0 +1,418 @@
+"""CrossModalProcessor: raw images, text, sound, frames and features, any of them missing, to one batch of tensors.
+
+Letters: B batch, T steps, M modalities, H W pixels.
+Shipped to the Hub beside the weights: imports only torch, transformers, numpy and sibling files.
+"""
+
+import io
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+
+# Not called here: the processor carries the pipelines, so that a folder it is saved to runs in `pipeline(model=folder)`.
+from .pipeline_crossmodal import PIPELINES
+
+
+# The argument of `__call__` for the first modality of a type, as in other processors of transformers.
+_ARGUMENTS = {"vision": "images", "text": "text", "audio": "audio", "video": "videos"}
+_SUB_PROCESSORS = {
+    "vision": "image_processor",
+    "video": "image_processor",
+    "text": "tokenizer",
+    "audio": "feature_extractor",
+}
+_LOADERS = {
+    "image_processor": AutoImageProcessor,
+    "tokenizer": AutoTokenizer,
+    "feature_extractor": AutoFeatureExtractor,
+}
+
+
+class CrossModalProcessor(ProcessorMixin):
+    """One call from raw inputs of any modalities to the batch that a CrossModal model takes.
+
+    Args:
+        image_processor, tokenizer, feature_extractor: any subset; a modality needs the one of its type.
+        chat_template: for dialogue.
+        modalities: per modality, in the order of the model's `modality_names`, a dict with `name`, `type`, `values` and
+            `mask` (keys of the batch), `max_tokens`, and `options` (arguments of its sub-processor, where two
+            modalities of a type differ). `from_config` writes them.
+
+    Example:
+        >>> processor = CrossModalProcessor.from_encoders(model.config, vision="google/vit-base-patch16-224", text="...")
+        >>> batch = processor(images=[image, None], text=["what is this?", "what is that?"])
+        >>> batch["modality_mask"]
+        tensor([[ True,  True], [False,  True]])
+    """
+
+    pipelines = PIPELINES
+    image_processor = None
+    tokenizer = None
+    feature_extractor = None
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, feature_extractor=None, chat_template=None, modalities=None
+    ):
+        given = {"image_processor": image_processor, "tokenizer": tokenizer, "feature_extractor": feature_extractor}
+        given = {name: value for name, value in given.items() if value is not None}
+        # Sub-processors are found by the signature of `__init__`; only those that are there can be saved.
+        self.get_attributes = partial(list, tuple(given))
+        super().__init__(**given, chat_template=chat_template)
+        self.modalities = modalities or _default_modalities(given)
+        for modality in self.modalities:
+            needed = _SUB_PROCESSORS.get(modality["type"])
+            if needed and needed not in given:
+                raise ValueError(
+                    f"modality {modality['name']!r} of type {modality['type']!r} needs {needed}, which is None. Pass "
+                    f"{needed}=... (for example from {_LOADERS[needed].__name__}.from_pretrained)."
+                )
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # A sub-processor that was None when saved must stay None: transformers would look for its files.
+        types = {modality["type"] for modality in (processor_dict or {}).get("modalities") or ()}
+        needed = {_SUB_PROCESSORS.get(kind) for kind in types}
+        full = list(_LOADERS)
+        present = [
+            name
+            for name in full
+            if name in (processor_dict or {}) or (name == "tokenizer" and (not types or name in needed))
+        ]
+        narrowed = type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda c: present)})
+        found = super(CrossModalProcessor, narrowed)._get_arguments_from_pretrained(
+            pretrained_model_name_or_path, processor_dict, **kwargs
+        )
+        found = dict(zip(present, found, strict=True))
+        return [found.get(name) for name in full]
+
+    @classmethod
+    def from_config(cls, config, image_processor=None, tokenizer=None, feature_extractor=None, options=None):
+        """The processor of a model's config.
+
+        Args:
+            config: CrossModalConfig.
+            options: {modality: arguments of its sub-processor}.
+        """
+        modalities = []
+        for name in config.modality_names:
+            values, mask = config.input_keys(name)
+            settings = config.modality_settings[name]
+            modality = {"name": name, "type": settings["type"], "values": values, "mask": mask}
+            if settings.get("max_tokens") is not None:
+                modality["max_tokens"] = settings["max_tokens"]
+            if (options or {}).get(name):
+                modality["options"] = dict(options[name])
+            modalities.append(modality)
+        return cls(image_processor, tokenizer, feature_extractor, modalities=modalities)
+
+    @classmethod
+    def from_encoders(cls, config, options=None, **named):
+        """The processor of a model composed by `from_encoders`, from the same Hub ids or folders, by modality name.
+
+        Args:
+            config: `model.config`.
+            named: modality name to a Hub id, a folder, or a ready image processor, tokenizer or feature extractor. The
+                first modality of a type brings the sub-processor of that type.
+            options: {modality: arguments of its sub-processor} where later ones differ.
+        """
+        found = {}
+        for name in config.modality_names:
+            attribute = _SUB_PROCESSORS.get(config.modality_settings[name]["type"])
+            source = named.get(name)
+            if attribute is None or source is None or attribute in found:
+                continue
+            found[attribute] = (
+                _LOADERS[attribute].from_pretrained(source) if isinstance(source, str | Path) else source
+            )
+        return cls.from_config(config, **found, options=options)
+
+    @property
+    def modality_names(self):
+        """Names of the modalities, in the order of the columns of `modality_mask`."""
+        return [modality["name"] for modality in self.modalities]
+
+    @property
+    def model_input_names(self):
+        keys = [key for modality in self.modalities for key in (modality["values"], modality["mask"]) if key]
+        return [*keys, "modality_mask"]
+
+    def argument_of(self, name):
+        """The argument of `__call__` that feeds modality `name`: `images`, `text`, `audio`, `videos`, or the name."""
+        kind = next(modality["type"] for modality in self.modalities if modality["name"] == name)
+        first = next(modality["name"] for modality in self.modalities if modality["type"] == kind)
+        return _ARGUMENTS.get(kind, name) if first == name else name
+
+    def __call__(
+        self, images=None, text=None, audio=None, videos=None, sampling_rate=None, return_tensors="pt", **named
+    ):
+        """Raw inputs to a batch.
+
+        Each modality is one item or a list of items, one per row, `None` where a row lacks it; a single item beside lists
+        is used for every row.
+
+        Args:
+            images: PIL images, paths, URLs, bytes, arrays (H,W,3) or (3,H,W), tensors.
+            text: strings.
+            audio: waveforms (samples,), or dicts with `array` and `sampling_rate`.
+            videos: lists of frames, each an image; every row with the same number of frames.
+            sampling_rate: in Hz, of the waveforms.
+            named: further modalities by name, and feature sequences (T,...) as arrays, tensors or lists of them.
+
+        Returns:
+            BatchFeature with the model's input keys, and `modality_mask (B,M)` bool if a row lacks a modality that
+            others have. A modality that no row has is left out.
+
+        Raises:
+            ValueError: naming the row and what to do, for anything that cannot be read.
+        """
+        given = {"images": images, "text": text, "audio": audio, "videos": videos, **named}
+        columns = self._columns({key: value for key, value in given.items() if value is not None})
+        count = len(next(iter(columns.values())))
+        present = np.array(
+            [[item is not None for item in columns.get(n, [None] * count)] for n in self.modality_names]
+        )
+        empty = np.flatnonzero(~present.any(axis=0))
+        if len(empty):
+            raise ValueError(f"row {empty[0]} has no modality at all. Give at least one of {self.modality_names}.")
+        data = {}
+        for modality, has in zip(self.modalities, present, strict=True):
+            if has.any():
+                rows = np.flatnonzero(has)
+                items = [columns[modality["name"]][row] for row in rows]
+                if modality["type"] == "audio":
+                    made = self._process_audio_rows(modality, items, rows, sampling_rate)
+                else:
+                    made = getattr(self, f"_process_{modality['type']}_rows")(modality, items, rows)
+                data |= {key: _spread(values, rows, count) for key, values in made.items()}
+        partly = present.any(axis=1) & ~present.all(axis=1)
+        if partly.any():
+            data["modality_mask"] = torch.from_numpy(present.T.copy())
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _columns(self, given):
+        """Arguments of `__call__` to {modality: one item per row}."""
+        arguments = {self.argument_of(name): name for name in self.modality_names}
+        names = arguments | {name: name for name in self.modality_names}
+        columns, single = {}, {}
+        for key, value in given.items():
+            if key not in names:
+                raise ValueError(f"{key}=... is no input of this processor. Expected any of {sorted(arguments)}.")
+            name = names[key]
+            kind = next(modality["type"] for modality in self.modalities if modality["name"] == name)
+            rows = _as_rows(kind, value)
+            if rows is None:
+                single[name] = value
+            else:
+                columns[name] = rows
+        if not columns and not single:
+            raise ValueError(f"no input was given. Pass at least one of {sorted(arguments)}.")
+        counts = {name: len(rows) for name, rows in columns.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"modalities have different numbers of rows: {counts}. Give None where a row lacks one.")
+        count = next(iter(counts.values()), 1)
+        if count == 0:
+            raise ValueError("an empty list was given. Expected at least one row.")
+        return columns | {name: [value] * count for name, value in single.items()}
+
+    def _process_text_rows(self, modality, items, rows):
+        for row, item in zip(rows, items, strict=True):
+            if not isinstance(item, str) or not item.strip():
+                raise ValueError(
+                    f"text of row {row} ({modality['name']!r}) is {item!r}. Expected a string with at least one word, "
+                    "or None for a row without text."
+                )
+        limit = modality.get("max_tokens")
+        if limit is None and self.tokenizer.model_max_length < 1_000_000:
+            limit = self.tokenizer.model_max_length
+        encoded = self.tokenizer(
+            items,
+            padding=True,
+            truncation=limit is not None,
+            max_length=limit,
+            return_tensors="pt",
+            **modality.get("options", {}),
+        )
+        return {modality["values"]: encoded["input_ids"], modality["mask"]: encoded["attention_mask"]}
+
+    def _process_vision_rows(self, modality, items, rows):
+        images = [read_image(item, f"image of row {row}") for row, item in zip(rows, items, strict=True)]
+        pixels = self.image_processor(images, return_tensors="pt", **modality.get("options", {}))["pixel_values"]
+        return {modality["values"]: pixels}
+
+    def _process_video_rows(self, modality, items, rows):
+        counts = [len(item) for item in items]
+        if min(counts) == 0 or len(set(counts)) > 1:
+            raise ValueError(
+                f"{modality['name']!r} has {counts} frames per row. Expected the same number, at least 1, in every row: "
+                "sample frames uniformly first."
+            )
+        frames = [
+            read_image(frame, f"frame {index} of row {row}")
+            for row, item in zip(rows, items, strict=True)
+            for index, frame in enumerate(item)
+        ]
+        pixels = self.image_processor(frames, return_tensors="pt", **modality.get("options", {}))["pixel_values"]
+        return {modality["values"]: pixels.unflatten(0, (len(items), counts[0]))}
+
+    def _process_audio_rows(self, modality, items, rows, sampling_rate):
+        waves, rates = [], set()
+        for row, item in zip(rows, items, strict=True):
+            rate = sampling_rate
+            if isinstance(item, dict):
+                rate = item.get("sampling_rate", rate)
+                item = item.get("array")
+            wave = None if item is None else np.asarray(item, dtype=np.float32)
+            if wave is None or wave.ndim != 1 or wave.size == 0 or not np.isfinite(wave).all():
+                given = "nothing" if wave is None else f"shape {wave.shape}" if wave.size else "an empty clip"
+                raise ValueError(
+                    f"audio of row {row} ({modality['name']!r}) is not readable (got {given}). Expected one finite "
+                    "channel of samples, as an array or {'array': ..., 'sampling_rate': ...}."
+                )
+            if rate is None:
+                raise ValueError(
+                    f"the sampling rate of the audio of row {row} is not known. Pass sampling_rate=... in Hz, or "
+                    "{'array': ..., 'sampling_rate': ...}."
+                )
+            waves.append(wave)
+            rates.add(int(rate))
+        expected = self.feature_extractor.sampling_rate
+        if rates != {expected}:
+            raise ValueError(
+                f"audio has sampling rates {sorted(rates)} Hz. This model expects {expected} Hz: resample it first."
+            )
+        # Whisper takes its fixed window whatever the clip; others are padded to the longest clip.
+        padding = {} if getattr(self.feature_extractor, "chunk_length", None) else {"padding": True}
+        extracted = self.feature_extractor(
+            waves,
+            sampling_rate=expected,
+            return_tensors="pt",
+            return_attention_mask=True,
+            **padding,
+            **modality.get("options", {}),
+        )
+        key = next(k for k in ("input_values", "input_features") if k in extracted)
+        made = {modality["values"]: extracted[key]}
+        if "attention_mask" in extracted:
+            # Under its own name: beside text, `attention_mask` would be taken for that of the words.
+            made[modality["mask"]] = extracted["attention_mask"]
+        return made
+
+    def _process_features_rows(self, modality, items, rows):
+        sequences = []
+        for row, item in zip(rows, items, strict=True):
+            sequence = torch.as_tensor(
+                np.asarray(item, dtype=np.float32) if not torch.is_tensor(item) else item
+            ).float()
+            if (
+                sequence.dim() < 2
+                or sequence.numel() == 0
+                or (sequences and sequence.shape[1:] != sequences[0].shape[1:])
+            ):
+                raise ValueError(
+                    f"features of row {row} ({modality['name']!r}) have shape {tuple(sequence.shape)}. Expected "
+                    f"(steps, ...) with at least one step{' and the size of row 0' if sequences else ''}."
+                )
+            if not torch.isfinite(sequence).all():
+                raise ValueError(
+                    f"features of row {row} ({modality['name']!r}) contain NaN or infinity. Replace them, or give None "
+                    "for a row without this modality."
+                )
+            sequences.append(sequence)
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones(len(sequence), dtype=torch.bool) for sequence in sequences], batch_first=True
+        )
+        values = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        return {modality["values"]: values, modality["mask"]: mask}
+
+
+def _default_modalities(given):
+    """Modalities of a processor that no config described: one per sub-processor, under its usual name."""
+    keys = {
+        "image_processor": {"name": "vision", "type": "vision", "values": "pixel_values", "mask": None},
+        "tokenizer": {"name": "text", "type": "text", "values": "input_ids", "mask": "attention_mask"},
+    }
+    if "feature_extractor" in given:
+        values = given["feature_extractor"].model_input_names[0]
+        keys["feature_extractor"] = {
+            "name": "audio", "type": "audio", "values": values, "mask": "audio_attention_mask"
+        }  # fmt: skip
+    return [keys[name] for name in given]
+
+
+def _as_rows(kind, value):
+    """The items of a batch, or None if `value` is a single item."""
+    if kind == "video":
+        nested = isinstance(value, list | tuple) and len(value) > 0
+        return list(value) if nested and (value[0] is None or isinstance(value[0], list | tuple)) else None
+    if kind == "audio" and isinstance(value, list | tuple):
+        return None if len(value) and isinstance(value[0], int | float) else list(value)
+    if isinstance(value, list | tuple):
+        return list(value)
+    axes = getattr(value, "ndim", None)
+    single_axes = {"vision": 3, "audio": 1, "features": 2}.get(kind, 0)
+    return list(value) if axes is not None and axes > single_axes else None
+
+
+def _spread(values, rows, count):
+    """Values of the present rows at their places in a batch of `count`, zeros elsewhere."""
+    if len(rows) == count:
+        return values
+    whole = values.new_zeros(count, *values.shape[1:])
+    whole[torch.from_numpy(rows)] = values
+    return whole
+
+
+def read_image(item, where="image"):
+    """An RGB PIL image from a PIL image, path, URL, bytes, `{"bytes": ...}`, array or tensor.
+
+    Raises:
+        ValueError: saying what could not be read and what to give instead.
+    """
+    from PIL import Image
+
+    source = item
+    if isinstance(item, dict):
+        item = item.get("bytes") or item.get("path")
+    try:
+        if isinstance(item, bytes):
+            item = Image.open(io.BytesIO(item))
+        elif isinstance(item, str | Path):
+            item = load_image(str(item))
+        elif torch.is_tensor(item) or isinstance(item, np.ndarray):
+            item = _image_from_array(np.asarray(item.detach().cpu() if torch.is_tensor(item) else item))
+        if not isinstance(item, Image.Image):
+            raise TypeError(f"got {type(item).__name__}")
+        if min(item.size) == 0:
+            raise OSError(f"its size is {item.size[0]} x {item.size[1]} pixels")
+        return item.convert("RGB")
+    # PIL raises SyntaxError and struct.error too on broken files.
+    except Exception as error:
+        given = repr(source) if isinstance(source, str | Path) else type(source).__name__
+        raise ValueError(
+            f"{where} ({given:.200}) cannot be read: {str(error).splitlines()[0] if str(error) else error!r}. Expected a "
+            "PIL image, the path or URL of an image file, its bytes, or an array (H,W,3), or None for a row without it."
+        ) from error
+
+
+def _image_from_array(array):
+    from PIL import Image
+
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise ValueError(f"an array of shape {array.shape} is no image")
+    if array.dtype != np.uint8:
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 255:
+            raise ValueError("its values lie outside 0 to 255 (or 0 to 1)")
+        scale = 255.0 if np.issubdtype(array.dtype, np.floating) and array.max() <= 1 else 1.0
+        array = np.rint(array * scale).astype(np.uint8)
+    return Image.fromarray(array)
+
+
+CrossModalProcessor.register_for_auto_class()
