@@ -35,17 +35,19 @@ class MultiHeadAttention(nn.Module):
     # Without this, transformers' sdpa path takes a mask of None for causal and cuts the keys to the query length.
     is_causal = False
 
-    def __init__(self, config):
+    def __init__(self, config, as_query=True, as_key=True):
+        """as_query, as_key: False leaves out the projections of a role that this stream never takes."""
         super().__init__()
         self.config = config
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        width = config.hidden_size
+        if as_query:
+            self.q_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+        if as_key:
+            self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def _split_heads(self, tokens):
         return tokens.view(*tokens.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)

@@ -5,6 +5,7 @@ Shipped to the Hub beside the weights: imports only torch, transformers and sibl
 
 import difflib
 from dataclasses import field, fields
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -85,12 +86,9 @@ def _encoder_type_and_input(name, config):
         return "features", "values"
     if config.model_type in _VIDEO_MODEL_TYPES:
         return "video", "pixel_values_videos"
-    from transformers import MODEL_MAPPING
+    from .encoders_crossmodal import encoder_class
 
-    model_class = MODEL_MAPPING.get(type(config), None)
-    if isinstance(model_class, tuple):
-        model_class = model_class[0]
-    main_input = getattr(model_class, "main_input_name", None)
+    main_input = encoder_class(config).main_input_name
     if main_input in ("input_values", "input_features"):
         return "audio", main_input
     for kind, (key, _) in TYPE_INPUTS.items():
@@ -178,8 +176,8 @@ class CrossModalConfig(PreTrainedConfig):
 
     Args:
         modalities: modality name to its entry: an encoder's transformers config (or its dict with `model_type`), or
-            a dict `{"config": ..., "levels": [...], "max_tokens": n, "type": ..., "hidden_sizes": [...]}`. Sugar of the
-            constructor: stored as `modality_names`, `<name>_config` and `modality_settings`, because JSON is
+            a dict `{"config": ..., "levels": [...], "max_tokens": n, "type": ..., "hidden_sizes": [...]}`. Sugar of
+            the constructor: stored as `modality_names`, `<name>_config` and `modality_settings`, because JSON is
             written with sorted keys and would lose the order. `levels` are indices into the encoder's hidden
             states (negative from the end). `max_tokens` pools longer token sequences, and truncates text in the
             processor.
@@ -187,6 +185,8 @@ class CrossModalConfig(PreTrainedConfig):
         fusion_type: operator, a row of `FUSIONS` in fusion_crossmodal.py.
         fusion_levels: `"multi"` bridges each fusion layer to its own depth of the encoders, `"single"` only the last
             depth to the first layer. Entries with explicit `levels` decide for themselves.
+        fusion_queries: modalities whose tokens the fusion layers of `cross` update (for example `["text"]`: the question
+            looks at the image, and the image stays as its encoder left it, at a third of the cost). None: all.
         modality_weighting: `"adaptive"` (learned softmax over the modalities present) or `"uniform"`.
         gate: what scales cross attention: `"content"` (sigmoid of the two streams), `"static"` (tanh of a learned
             number per stream, 0 at the start) or `"none"`.
@@ -207,6 +207,14 @@ class CrossModalConfig(PreTrainedConfig):
     model_type = "crossmodal"
     attribute_map = {"num_hidden_layers": "num_fusion_layers"}
     sub_configs = _SubConfigs()
+    # What Trainer leaves out of predictions: only logits are gathered over an evaluation.
+    keys_to_ignore_at_inference = [
+        "modality_weights",
+        "pooler_output",
+        "modality_tokens",
+        "token_grids",
+        "cross_attentions",
+    ]
 
     modality_names: list[str] | None = None
     modality_settings: dict[str, dict] = field(default_factory=dict)
@@ -221,6 +229,7 @@ class CrossModalConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     fusion_type: str = "cross"
     fusion_levels: str = "multi"
+    fusion_queries: list[str] | None = None
     modality_weighting: str = "adaptive"
     gate: str = "content"
     pooling: str = "attention"
@@ -245,6 +254,11 @@ class CrossModalConfig(PreTrainedConfig):
         if modalities is None and not self.modality_names:
             modalities = {"vision": CONFIG_MAPPING["vit"](), "text": CONFIG_MAPPING["bert"]()}
         self._set_modalities(stored if modalities is None else modalities)
+        # Without a choice for the whole, transformers would take from each encoder the one that it has.
+        chosen = {
+            f"{name}_config": getattr(self, f"{name}_config")._attn_implementation for name in self.modality_names
+        }
+        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or chosen
         super().__post_init__(**kwargs)
         self.auto_map = auto_map
 
@@ -270,7 +284,11 @@ class CrossModalConfig(PreTrainedConfig):
                     )
                 settings[name] = {**settings.get(name, {}), **{k: v for k, v in entry.items() if k != "config"}}
                 entry = entry["config"]
-            setattr(self, f"{name}_config", _as_config(name, entry))
+            encoder = _as_config(name, entry)
+            if Path(encoder._name_or_path).is_absolute() or Path(encoder._name_or_path).exists():
+                # Where an encoder lay on this machine has no place in a config that will be published.
+                encoder._name_or_path = ""
+            setattr(self, f"{name}_config", encoder)
         self.modality_names = names
         self.modality_settings = {name: self._complete_settings(name, settings.get(name, {})) for name in names}
 
@@ -344,14 +362,14 @@ class CrossModalConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        names = config_dict.get("modality_names") or ()
-        cls._reject_near_misses({k: v for k, v in kwargs.items() if k not in config_dict}, names)
+        stored = [f"{name}_config" for name in config_dict.get("modality_names") or ()]
+        cls._reject_near_misses({k: v for k, v in kwargs.items() if k not in config_dict}, stored)
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
-    def _reject_near_misses(cls, given, modality_names=()):
+    def _reject_near_misses(cls, given, also_known=()):
         """Unknown keys are kept, as transformers does, unless they look like a known one written wrong."""
-        known = {f.name for f in fields(cls)} | {f"{name}_config" for name in modality_names}
+        known = {f.name for f in fields(cls)} | set(also_known)
         known |= {"modalities", "num_labels", "num_hidden_layers", "output_attentions", "attn_implementation"}
         # Known to transformers' loaders and savers, and close to nothing of ours by accident only.
         tolerated = {"torch_dtype", "_attn_implementation", "_output_attentions", "_name_or_path", "name_or_path"}
@@ -409,17 +427,27 @@ class CrossModalConfig(PreTrainedConfig):
                     f"num_fusion_layers={self.num_fusion_layers}. Give 1 to {self.num_fusion_layers}: the i-th depth "
                     "is bridged to the i-th fusion layer."
                 )
-        unknown = [name for name in self.frozen_modalities if name not in self.modality_names]
-        if unknown:
-            raise ValueError(
-                f"frozen_modalities={self.frozen_modalities}: {unknown[0]!r} is no modality of this model. Allowed: "
-                f"{nearest_first(unknown[0], self.modality_names)}."
-            )
+        for key in ("frozen_modalities", "fusion_queries"):
+            for name in getattr(self, key) or ():
+                if name not in self.modality_names:
+                    raise ValueError(
+                        f"{key}={getattr(self, key)}: {name!r} is no modality of this model. Allowed: "
+                        f"{nearest_first(name, self.modality_names)}."
+                    )
+        if self.fusion_queries == []:
+            raise ValueError("fusion_queries=[] leaves nothing to fuse. Name at least one modality, or give None.")
 
     def get_text_config(self, decoder=None, encoder=None):
         # The default would hand out the config of the text encoder as if it were that of the whole model.
         return self
 
 
+def _validate(config):
+    """Every `validate_*` check. `@strict` would wrap the ValueError into one of its own that is none."""
+    for validator in config.__class_validators__:
+        validator(config)
+
+
+CrossModalConfig.validate = _validate
 FeatureSequenceConfig.register_for_auto_class()
 CrossModalConfig.register_for_auto_class()

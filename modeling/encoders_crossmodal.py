@@ -9,6 +9,7 @@ Shipped to the Hub beside the weights: imports only torch, transformers and sibl
 import inspect
 import math
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -24,13 +25,16 @@ class EncodedModality:
 
     levels: one (B,T,D_k) per tapped depth, all with the same T. mask (B,T) bool, True for real tokens, or None if
     all are. grid (h, w) if the last h*w tokens are an image's patches in rows, else None. positioned: whether
-    the tokens already know where they are.
+    the tokens already know where they are. index (B',) long or None: the row of each row of the batch among these; present
+    (B',) bool or None: the rows of the batch that have this modality.
     """
 
     levels: list
     mask: torch.Tensor | None = None
     grid: tuple | None = None
     positioned: bool = True
+    index: torch.Tensor | None = None
+    present: torch.Tensor | None = None
 
 
 def sine_positions(positions, size):
@@ -66,8 +70,8 @@ class FeatureSequenceLayer(nn.Module):
 class FeatureSequenceEncoder(PreTrainedModel):
     """A transformer over a sequence of feature vectors, for any modality without an encoder of its own.
 
-    Keeps the contract of `ENCODERS`: `forward(values, mask)` returns the levels, shallowest first, and the mask of their
-    tokens.
+    Keeps the contract of `ENCODERS`: `forward(values, mask)` returns the levels, shallowest first, and the mask of
+    their tokens.
     """
 
     config: FeatureSequenceConfig
@@ -129,11 +133,14 @@ def build_encoder(config, name="encoder"):
             f"rebuild. Pass the module itself to from_encoders, or give it a row in ENCODERS ({sorted(ENCODERS)})."
         )
     model_class = encoder_class(config)
-    drop_unsupported_attention(config, model_class)
-    if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        # A pooler that nobody reads would never get a gradient.
-        return model_class._from_config(config, add_pooling_layer=False)
-    return model_class._from_config(config)
+    config._attn_implementation = supported_attention(config._attn_implementation, model_class)
+    return model_class._from_config(config, **without_pooler(model_class))
+
+
+def without_pooler(model_class):
+    """Arguments that leave the pooler out: nobody reads it, and it would never get a gradient."""
+    accepted = inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}
 
 
 def encoder_class(config):
@@ -148,23 +155,26 @@ def encoder_class(config):
             if type(config) in mapping:
                 found = mapping[type(config)]
                 return found[0] if isinstance(found, tuple) else found
+    # A tower without an Auto entry of its own (SigLIP's text, CLAP's audio) stands beside its full model.
+    beside = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    for found in vars(beside).values():
+        if getattr(found, "config_class", None) is type(config) and found.__name__.endswith("Model"):
+            return found
     raise ValueError(
-        f"no encoder class is known for model_type={config.model_type!r}. Use a model that AutoModel loads, or add one "
-        "to ENCODERS in encoders_crossmodal.py."
+        f"no encoder class is known for model_type={config.model_type!r}. Use a model that AutoModel loads, or add "
+        "one to ENCODERS in encoders_crossmodal.py."
     )
 
 
-def drop_unsupported_attention(config, model_class):
-    """Leaves the choice of attention to an encoder that lacks the backend asked for (convolutional ones have none)."""
-    wanted = config._attn_implementation
+def supported_attention(wanted, model_class):
+    """The attention backend asked for, or "eager" where an encoder lacks it (convolutional ones have none)."""
     supports = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
     flag = supports.get(wanted, "_supports_flash_attn" if wanted and "flash" in wanted else None)
-    if flag and not getattr(model_class, flag, False):
-        config._attn_implementation = None
+    return "eager" if flag and not getattr(model_class, flag, False) else wanted
 
 
-# Parameters that never reach a level: their gradient would stay None for ever.
-_UNREACHED = {
+# Parameters that never reach a level (their gradient would stay None for ever), and constants.
+_UNTRAINED = {
     "clip_vision_model": ("post_layernorm",),
     "convnext": ("layernorm",),
     "convnextv2": ("layernorm",),
@@ -174,15 +184,24 @@ _UNREACHED = {
     "beit": ("embeddings.mask_token",),
     "swin": ("embeddings.mask_token",),
     "vit": ("embeddings.mask_token",),
+    "whisper": ("embed_positions",),
 }
 
 
-def freeze_unreached(encoder):
-    """Takes parameters that no token depends on (poolers, mask tokens) out of training."""
-    unreached = (*_UNREACHED.get(encoder.config.model_type, ()), "pooler")
+def freeze_untrained(encoder):
+    """Takes parameters that no token depends on (poolers, mask tokens) and constants out of training."""
+    untrained = (*_UNTRAINED.get(encoder.config.model_type, ()), "pooler")
     for name, parameter in encoder.named_parameters():
-        if any(name == part or f".{part}." in f".{name}." for part in unreached):
+        if any(f"{name}.".startswith(f"{part}.") for part in untrained):
             parameter.requires_grad_(False)
+
+
+def keep_all_layers(encoder):
+    """Switches LayerDrop off: a dropped layer leaves no state, and depths are tapped by position."""
+    for holder in (getattr(encoder, "config", None), *encoder.modules()):
+        for key in ("layerdrop", "encoder_layerdrop"):
+            if getattr(holder, key, 0):
+                setattr(holder, key, 0.0)
 
 
 def has_batch_norm(encoder):
@@ -208,6 +227,10 @@ def encode_modality(encoder, kind, values, mask, levels):
         # Whatever stands in padded positions must not matter, not even through group norms or convolutions.
         if kind == "text":
             values = values.masked_fill(~mask, encoder.config.pad_token_id or 0)
+        elif getattr(encoder, "main_input_name", None) == "input_features" and values.shape[-1] == mask.shape[1]:
+            # A spectrogram (B,F,T): silence is its lowest value, not 0.
+            silence = values.masked_fill(~mask[:, None], torch.inf).amin(dim=(1, 2), keepdim=True)
+            values = torch.where(mask[:, None], values, silence.nan_to_num(posinf=0.0))
         elif values.shape[: mask.dim()] == mask.shape:
             values = values.masked_fill(~mask.view(*mask.shape, *[1] * (values.dim() - mask.dim())), 0)
     if isinstance(encoder, PreTrainedModel) and encoder.config.model_type not in ENCODERS:
@@ -225,7 +248,8 @@ def _run_transformers_encoder(encoder, kind, values, mask):
     """All levels of a transformers encoder, and the mask of its tokens."""
     arguments = {encoder.main_input_name: values}
     accepted = inspect.signature(encoder.forward).parameters
-    if mask is not None and "attention_mask" in accepted:
+    by_sample = hasattr(encoder, "_get_feature_vector_attention_mask")
+    if mask is not None and "attention_mask" in accepted and (kind == "text" or by_sample):
         arguments["attention_mask"] = mask.long()
     if "interpolate_pos_encoding" in accepted and kind == "vision":
         arguments["interpolate_pos_encoding"] = _needs_interpolation(encoder.config, values)
@@ -253,7 +277,10 @@ def _needs_interpolation(config, pixel_values):
 
 
 def _audio_token_mask(encoder, mask, num_tokens):
-    """Mask of an audio encoder's tokens from the mask of its frames or samples. Returns (B,T)."""
+    """Mask of an audio encoder's tokens from the mask of its frames or samples. Returns (B,T) or None."""
+    if getattr(encoder.config, "patch_size", None):
+        # Patches of a spectrogram of fixed size (AST): silence is content, and each patch counts.
+        return None
     if mask.shape[1] == num_tokens:
         return mask
     if hasattr(encoder, "_get_feature_vector_attention_mask"):

@@ -73,45 +73,65 @@ class CrossFusionLayer(GradientCheckpointingLayer):
         c_m = sum over present n != m of g_{m<-n} * CrossAttn(S_m, S_n)
         Z_m = FFN(S_m + c_m)
 
-    Each modality owns its query, key, value and output projections: keys and values of a modality are projected once for
-    all streams that look at it, and parameters grow with M, not with its square.
+    With `fusion_queries`, only those modalities are updated so; the others stay as their encoders left them, and are
+    looked at. A question that looks at an image this way costs a third of two streams that look at each other.
+
+    Each modality owns its query, key, value and output projections: keys and values of a modality are projected once
+    for all streams that look at it, and parameters grow with M, not with its square.
     """
 
     def __init__(self, config):
         super().__init__()
-        names = config.modality_names
-        self.self_attn = nn.ModuleDict({name: SelfAttentionBlock(config) for name in names})
+        names, queries = config.modality_names, config.fusion_queries or config.modality_names
+        # Weights of a role that a modality never takes would never get a gradient.
+        looking = queries if len(names) > 1 else []
+        looked_at = [name for name in names if any(other != name for other in looking)]
+        self.self_attn = nn.ModuleDict({name: SelfAttentionBlock(config) for name in queries})
+        self.mlp = nn.ModuleDict({name: FeedForwardBlock(config) for name in queries})
         self.cross_norm = nn.ModuleDict(
-            {name: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for name in names}
+            {
+                name: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+                for name in names
+                if name in looking or name in looked_at
+            }
         )
-        self.mlp = nn.ModuleDict({name: FeedForwardBlock(config) for name in names})
-        # A single modality has nothing to look at; unused weights would never get a gradient.
-        crossing = names if len(names) > 1 else []
-        self.cross_attn = nn.ModuleDict({name: MultiHeadAttention(config) for name in crossing})
-        self.gate = nn.ModuleDict({name: GATE_CLASSES[config.gate](config) for name in crossing})
+        self.cross_attn = nn.ModuleDict(
+            {name: MultiHeadAttention(config, name in looking, name in looked_at) for name in self.cross_norm}
+        )
+        self.gate = nn.ModuleDict({name: GATE_CLASSES[config.gate](config) for name in looking})
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.looked_at = looked_at
 
     def forward(self, tokens, masks, output_attentions=False):
         """tokens {m: (B,T_m,D)}, masks {m: (B,T_m) or None}. Returns the new tokens and {"m<-n": weights}."""
-        attentions = {}
-        streams = {}
-        for name, stream in tokens.items():
-            streams[name], attentions[f"{name}<-{name}"] = self.self_attn[name](stream, masks[name], output_attentions)
-        updated = streams
+        attentions, streams = {}, dict(tokens)
+        for name in tokens:
+            if name in self.self_attn:
+                streams[name], attentions[f"{name}<-{name}"] = self.self_attn[name](
+                    tokens[name], masks[name], output_attentions
+                )
+        updated = dict(streams)
         if len(streams) > 1:
-            normed = {name: self.cross_norm[name](stream) for name, stream in streams.items()}
-            key_values = {name: self.cross_attn[name].project_key_value(normed[name]) for name in streams}
-            updated = {}
-            for name, stream in streams.items():
+            normed = {
+                name: self.cross_norm[name](stream) for name, stream in streams.items() if name in self.cross_norm
+            }
+            key_values = {
+                name: self.cross_attn[name].project_key_value(normed[name])
+                for name in streams
+                if name in self.looked_at
+            }
+            for name in streams:
                 for other, key_value in key_values.items():
-                    if other == name:
+                    if other == name or name not in self.gate:
                         continue
                     seen, attentions[f"{name}<-{other}"] = self.cross_attn[name](
                         normed[name], key_value, masks[other], output_attentions
                     )
-                    stream = stream + self.dropout(self.gate[name](normed[name], seen))
-                updated[name] = stream
-        return {name: self.mlp[name](stream) for name, stream in updated.items()}, attentions
+                    updated[name] = updated[name] + self.dropout(self.gate[name](normed[name], seen))
+        for name in streams:
+            if name in self.mlp:
+                updated[name] = self.mlp[name](updated[name])
+        return updated, attentions
 
 
 class FusionOperator(nn.Module):
@@ -192,7 +212,11 @@ class TokenPooling(nn.Module):
             return masked_mean(tokens, mask)
         if self.kind == "first":
             # The first token that is real: with padding on the left that is not the first position.
-            pooled = tokens[:, 0] if mask is None else tokens[torch.arange(len(tokens)), mask.int().argmax(dim=1)]
+            pooled = (
+                tokens[:, 0]
+                if mask is None
+                else tokens[torch.arange(len(tokens), device=tokens.device), mask.int().argmax(dim=1)]
+            )
         else:
             scores = self.score(tokens).float()
             if mask is not None:
@@ -219,7 +243,7 @@ class ModalityWeighting(nn.Module):
             self.score.initial_values = self.bias.initial_values = {"weight": 0.0}
 
     def forward(self, pooled, presence):
-        """pooled (B,M,D) with 0 for the absent, presence (B,M) bool. Returns (B,M), 0 for the absent, rows sum to 1."""
+        """pooled (B,M,D), 0 for the absent, presence (B,M) bool. Returns (B,M), 0 for the absent, rows sum to 1."""
         if not self.adaptive:
             weights = presence.to(pooled.dtype)
             return weights / weights.sum(dim=1, keepdim=True).clamp(min=1)

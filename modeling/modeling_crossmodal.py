@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
@@ -20,13 +20,15 @@ from .encoders_crossmodal import (
     ENCODERS,
     CustomEncoderConfig,
     build_encoder,
-    drop_unsupported_attention,
     encode_modality,
     encoder_class,
-    freeze_unreached,
+    freeze_untrained,
     grid_positions,
     has_batch_norm,
+    keep_all_layers,
     limit_tokens,
+    supported_attention,
+    without_pooler,
 )
 from .fusion_crossmodal import FUSIONS, ModalityWeighting, StaticGate, TokenPooling
 from .losses_crossmodal import class_loss, soft_target_loss
@@ -178,10 +180,7 @@ class CrossModalPreTrainedModel(PreTrainedModel):
             for name in self.config.modality_names:
                 encoder = self._base.encoders[name]
                 if isinstance(encoder, PreTrainedModel):
-                    probe = type("Probe", (), {"_attn_implementation": attn_implementation})()
-                    drop_unsupported_attention(probe, type(encoder))
-                    if probe._attn_implementation:
-                        wanted[f"{name}_config"] = attn_implementation
+                    wanted[f"{name}_config"] = supported_attention(attn_implementation, type(encoder))
             attn_implementation = wanted
         return super().set_attn_implementation(attn_implementation, **kwargs)
 
@@ -196,6 +195,13 @@ class CrossModalPreTrainedModel(PreTrainedModel):
                     "save `model.state_dict()` for your own use."
                 )
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading replaces parameters by new ones, all of which require a gradient.
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._base._apply_freezing()
+        return loaded
 
     @classmethod
     def from_encoders(cls, *, freeze=(), **named):
@@ -218,26 +224,26 @@ class CrossModalPreTrainedModel(PreTrainedModel):
             ... )
         """
         overrides, encoders = {}, {}
-        fields = set(CrossModalConfig.__dataclass_fields__) | {"num_labels", "num_hidden_layers"}
+        fields = {*CrossModalConfig.__dataclass_fields__, "num_labels", "num_hidden_layers", "attn_implementation"}
         for name, value in named.items():
             (overrides if name in fields else encoders)[name] = value
-        CrossModalConfig._reject_near_misses(encoders)
+        CrossModalConfig._reject_near_misses(encoders, also_known=["freeze"])
         if not encoders:
             raise ValueError(
                 "from_encoders was given no encoder. Name at least one, e.g. vision='google/vit-base-patch16-224'."
             )
-        attention = overrides.pop("attn_implementation", None)
+        # One dtype for all: checkpoints of encoders come in several.
+        options = {"dtype": overrides.pop("dtype", None) or torch.get_default_dtype()}
+        if overrides.get("attn_implementation") is not None:
+            options["attn_implementation"] = overrides.pop("attn_implementation")
         modalities, modules = {}, {}
         for name, value in encoders.items():
             entry = dict(value) if isinstance(value, dict) and "model" in value else {"model": value}
             modules[name], entry["config"] = _load_encoder(name, entry.pop("model"), entry)
             modalities[name] = entry
         config = CrossModalConfig(modalities=modalities, frozen_modalities=list(freeze), **overrides)
-        if attention is not None:
-            config._attn_implementation = attention
-        model = cls._from_config(config, encoders=modules)
-        model._base._apply_freezing()
-        return model
+        model = cls._from_config(config, encoders=modules, **options)
+        return model.to(config.dtype)
 
 
 def _load_encoder(name, source, entry):
@@ -269,13 +275,19 @@ def _load_encoder(name, source, entry):
             f"here ({type(error).__name__}: {str(error).splitlines()[0]}). Correct the name, or give a config."
         ) from error
     config = _tower_config(name, full, entry)
-    if config.model_type in ENCODERS:
-        model = ENCODERS[config.model_type].from_pretrained(source)
-    else:
-        model = encoder_class(config).from_pretrained(source, config=config)
-    if Path(source).is_dir():
-        # A path of this machine has no place in a config that will be published.
-        model.config._name_or_path = ""
+    if getattr(config, "is_encoder_decoder", False):
+        # The weights of an encoder have another prefix than its class expects: only the whole loads them.
+        return _tower_of(name, AutoModel.from_pretrained(source), entry)
+    model_class = ENCODERS.get(config.model_type) or encoder_class(config)
+    model, report = model_class.from_pretrained(
+        source, config=config, output_loading_info=True, **without_pooler(model_class)
+    )
+    if 2 * len(report["missing_keys"]) > len(model.state_dict()):
+        raise ValueError(
+            f"modality {name!r}: {str(source)!r} holds no weights for a {model_class.__name__} (missing: "
+            f"{sorted(report['missing_keys'])[:3]}, ...). Give the folder of a model with this encoder, or its config "
+            "for random weights."
+        )
     return _tower_of(name, model, entry)
 
 
@@ -328,9 +340,13 @@ class CrossModalModel(CrossModalPreTrainedModel):
             if encoder is None:
                 encoder = build_encoder(getattr(config, f"{name}_config"), name)
             else:
+                if isinstance(encoder, PreTrainedModel):
+                    wanted = encoder.config._attn_implementation
+                    encoder.config._attn_implementation = supported_attention(wanted, type(encoder))
                 for module in encoder.modules():
                     # Weights that were handed in are trained ones: `post_init` must leave them alone.
                     module._is_hf_initialized = True
+            keep_all_layers(encoder)
             self.encoders[name] = encoder
         self.modality_types = nn.Embedding(len(config.modality_names), config.hidden_size)
         self.projections = nn.ModuleDict({name: ModalityProjection(config, name) for name in config.modality_names})
@@ -343,7 +359,9 @@ class CrossModalModel(CrossModalPreTrainedModel):
         self._input_names = {}
         for index, name in enumerate(config.modality_names):
             values, mask = config.input_keys(name)
-            self._input_names |= {values: (name, 0), f"{name}_{config.modality_settings[name]['input']}": (name, 0)}
+            own_values = f"{name}_{config.modality_settings[name]['input']}"
+            self._input_names |= {values: (name, 0), own_values: (name, 0)}
+            self._input_names |= {f"{values}_index": (name, 2), f"{own_values}_index": (name, 2)}
             if mask:
                 self._input_names |= {mask: (name, 1), f"{name}_{mask}": (name, 1)}
             if index == 0:
@@ -357,7 +375,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
             for parameter in encoder.parameters():
                 parameter.requires_grad_(not frozen)
             if isinstance(encoder, PreTrainedModel):
-                freeze_unreached(encoder)
+                freeze_untrained(encoder)
             if frozen:
                 encoder.eval()
 
@@ -368,23 +386,23 @@ class CrossModalModel(CrossModalPreTrainedModel):
         return self
 
     def _collect_inputs(self, inputs, modality_mask):
-        """Sorts forward's arguments by modality: {name: [values, mask]} in the order of the config."""
+        """Sorts forward's arguments by modality: {name: (values, mask, index)} in the order of the config."""
         given = {}
         for key, value in inputs.items():
             if key not in self._input_names:
                 if key in _PASSTHROUGH:
                     continue
-                near = nearest_first(key, [k for k in self._input_names])
+                near = nearest_first(key, self._input_names)
                 raise TypeError(f"{type(self).__name__} got an input {key!r}. Expected any of {near}.")
             if value is not None:
                 name, position = self._input_names[key]
-                given.setdefault(name, [None, None])[position] = value
+                given.setdefault(name, [None, None, None])[position] = value
         collected = {n: tuple(given[n]) for n in self.config.modality_names if n in given and given[n][0] is not None}
         if not collected:
             raise ValueError(
                 f"No modality was given. Pass at least one of {[self.config.input_keys(n)[0] for n in self.encoders]}."
             )
-        sizes = {name: len(values) for name, (values, _) in collected.items()}
+        sizes = {name: len(values if index is None else index) for name, (values, _, index) in collected.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"Modalities have different batch sizes: {sizes}. Give one row each, and modality_mask.")
         return collected
@@ -392,13 +410,13 @@ class CrossModalModel(CrossModalPreTrainedModel):
     def encode(self, inputs, modality_mask=None):
         """Raw batches to tokens at the tapped depths.
 
-        inputs {modality: (values, mask or None)}, modality_mask (B,M) bool or None. Returns
+        inputs {modality: (values, mask or None, index or None)}, modality_mask (B,M) bool or None. Returns
         ({modality: EncodedModality} for what is present, presence (B,M) bool).
         """
         names = self.config.modality_names
-        values = next(iter(inputs.values()))[0]
+        values, _, rows = next(iter(inputs.values()))
         presence = torch.tensor([name in inputs for name in names], device=values.device)
-        presence = presence.expand(len(values), len(names))
+        presence = presence.expand(len(values if rows is None else rows), len(names))
         if modality_mask is not None:
             if modality_mask.shape != presence.shape:
                 raise ValueError(
@@ -412,55 +430,60 @@ class CrossModalModel(CrossModalPreTrainedModel):
         encoded = {}
         for index, name in enumerate(names):
             if name in inputs:
-                rows = None if modality_mask is None else presence[:, index]
-                result = self._encode_one(name, *inputs[name], rows)
+                present = None if modality_mask is None else presence[:, index]
+                result = self._encode_one(name, *inputs[name], present)
                 if result is not None:
                     encoded[name] = result
         return encoded, presence
 
-    def _encode_one(self, name, values, mask, rows):
-        """One modality of a batch of which some rows may lack it. rows (B,) bool or None. None if all rows do."""
+    def _encode_one(self, name, values, mask, index, present):
+        """One modality of a batch. Every distinct input is encoded once, and only if a row that has it needs it.
+
+        values (U,...), mask (U, positions) or None, index (B,) long: the input of each row, or None if row i has input i;
+        present (B,) bool or None. Returns an EncodedModality, or None if no row has this modality.
+        """
         encoder, kind = self.encoders[name], self.config.modality_settings[name]["type"]
-        levels = self.config.levels_of(name)
-
-        def run(values, mask):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.config.frozen_modalities):
-                result = encode_modality(encoder, kind, values, mask, levels)
-            limit = self.config.modality_settings[name].get("max_tokens")
-            return result if limit is None else limit_tokens(result, limit)
-
-        if rows is None:
-            return run(values, mask)
         if torch.compiler.is_compiling():
             # Fixed shapes: absent rows are encoded as zeros and taken out afterwards.
-            if self.training and has_batch_norm(encoder):
-                raise ValueError(f"{name!r} has batch norm: absent rows cannot be compiled in training mode.")
-            keep = rows.view(-1, *[1] * (values.dim() - 1))
-            result = run(values.masked_fill(~keep, 0), mask)
-            result.levels = [level.masked_fill(~rows[:, None, None], 0.0) for level in result.levels]
-        else:
-            # Only present rows are encoded: it costs less, and batch norm never sees what is not there.
-            present = rows.nonzero().squeeze(1)
-            if len(present) == 0:
+            if present is not None and index is None:
+                if self.training and has_batch_norm(encoder):
+                    raise ValueError(f"{name!r} has batch norm: absent rows cannot be compiled in training mode.")
+                values = values.masked_fill(~present.view(-1, *[1] * (values.dim() - 1)), 0)
+        elif present is not None and not present.all():
+            # It costs less, and batch norm never sees what is not there.
+            rows = present.nonzero().squeeze(1)
+            if len(rows) == 0:
                 return None
-            result = run(values[present], None if mask is None else mask[present])
-            if len(present) == len(rows):
-                return result
-            result.levels = [
-                level.new_zeros(len(rows), *level.shape[1:]).index_copy(0, present, level) for level in result.levels
-            ]
-            if result.mask is not None:
-                result.mask = result.mask.new_zeros(len(rows), result.mask.shape[1]).index_copy(
-                    0, present, result.mask
-                )
-        whole = rows[:, None].expand(-1, result.levels[0].shape[1])
-        result.mask = whole if result.mask is None else result.mask & whole
-        return result
+            used, inverse = (rows if index is None else index[rows]).unique(return_inverse=True)
+            values, mask = values[used], None if mask is None else mask[used]
+            index = torch.zeros(len(present), dtype=torch.long, device=values.device).index_copy(0, rows, inverse)
+        else:
+            present = None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.config.frozen_modalities):
+            encoded = encode_modality(encoder, kind, values, mask, self.config.levels_of(name))
+        limit = self.config.modality_settings[name].get("max_tokens")
+        if limit is not None:
+            encoded = limit_tokens(encoded, limit)
+        encoded.index, encoded.present = index, present
+        return encoded
 
     def project(self, encoded):
-        """Tokens of every modality at the fusion width. Returns {modality: [(B,T_m,D) per level]}."""
+        """Tokens of every modality at the fusion width, one row per row of the batch.
+
+        Returns {modality: [(B,T_m,D) per level]} and {modality: (B,T_m) bool or None}.
+        """
         types = dict(zip(self.config.modality_names, self.modality_types.weight, strict=True))
-        return {name: self.projections[name](tokens, types[name]) for name, tokens in encoded.items()}
+        levels, masks = {}, {}
+        for name, item in encoded.items():
+            levels[name], masks[name] = self.projections[name](item, types[name]), item.mask
+            if item.index is not None:
+                levels[name] = [level[item.index] for level in levels[name]]
+                masks[name] = None if item.mask is None else item.mask[item.index]
+            if item.present is not None:
+                levels[name] = [level.masked_fill(~item.present[:, None, None], 0.0) for level in levels[name]]
+                whole = item.present[:, None].expand(-1, levels[name][0].shape[1])
+                masks[name] = whole if masks[name] is None else masks[name] & whole
+        return levels, masks
 
     def fuse(self, levels, masks, presence, output_attentions=False):
         """Cross-modal layers, pooling and modality weights.
@@ -506,7 +529,8 @@ class CrossModalModel(CrossModalPreTrainedModel):
             input_values, input_features, audio_attention_mask: audio, as its encoder takes it.
             pixel_values_videos: (B,frames,3,H,W).
             named_inputs: `<name>_values (B,T,...)` and `<name>_mask (B,T)` of feature sequences, and inputs of further
-                modalities prefixed with their name.
+                modalities prefixed with their name. Any values may come with `<key>_index (B,)` long: which of the inputs each
+                row uses, so that an image that many rows ask about is encoded once.
             modality_mask: (B,M) bool, False where a row lacks a modality; columns in the order of
                 `config.modality_names`. What stands in the inputs of such a row does not matter.
             output_attentions: also return `cross_attentions`, under any attention backend.
@@ -529,8 +553,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
         }
         inputs = {key: value for key, value in inputs.items() if value is not None} | named_inputs
         encoded, presence = self.encode(self._collect_inputs(inputs, modality_mask), modality_mask)
-        masks = {name: tokens.mask for name, tokens in encoded.items()}
-        levels = self.project(encoded)
+        levels, masks = self.project(encoded)
         tokens, embeddings, weights, pooled, attentions = self.fuse(levels, masks, presence, bool(output_attentions))
         return CrossModalOutput(
             last_hidden_state=torch.cat(list(tokens.values()), dim=1),

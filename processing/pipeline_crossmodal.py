@@ -88,7 +88,9 @@ class CrossModalVQAPipeline(CrossModalPipeline):
         questions = list(question) if many["question"] else [question] * count
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images and {len(questions)} questions were given. Give as many of each.")
-        return super().__call__([{"image": i, "question": q} for i, q in zip(images, questions)], **kwargs)
+        return super().__call__(
+            [{"image": i, "question": q} for i, q in zip(images, questions, strict=True)], **kwargs
+        )
 
     def _forward(self, batch):
         output = self.model(**batch)
@@ -101,12 +103,12 @@ class CrossModalVQAPipeline(CrossModalPipeline):
         best = scores.topk(min(top_k, len(scores)))
         answers = [
             {"score": score, "answer": config.id2label[index]}
-            for score, index in zip(best.values.tolist(), best.indices.tolist())
+            for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         if not return_modality_weights:
             return answers
         weights = output["modality_weights"][0].float().tolist()
-        return {"answers": answers, "modality_weights": dict(zip(config.modality_names, weights))}
+        return {"answers": answers, "modality_weights": dict(zip(config.modality_names, weights, strict=True))}
 
 
 def _is_image(value):

@@ -147,7 +147,15 @@ class CrossModalProcessor(ProcessorMixin):
         return _ARGUMENTS.get(kind, name) if first == name else name
 
     def __call__(
-        self, images=None, text=None, audio=None, videos=None, sampling_rate=None, return_tensors="pt", **named
+        self,
+        images=None,
+        text=None,
+        audio=None,
+        videos=None,
+        sampling_rate=None,
+        deduplicate=False,
+        return_tensors="pt",
+        **named,
     ):
         """Raw inputs to a batch.
 
@@ -160,6 +168,8 @@ class CrossModalProcessor(ProcessorMixin):
             audio: waveforms (samples,), or dicts with `array` and `sampling_rate`.
             videos: lists of frames, each an image; every row with the same number of frames.
             sampling_rate: in Hz, of the waveforms.
+            deduplicate: give an image object that several rows share once, with `<key>_index (B,)` saying which row uses
+                which: the model then encodes it once.
             named: further modalities by name, and feature sequences (T,...) as arrays, tensors or lists of them.
 
         Returns:
@@ -183,11 +193,22 @@ class CrossModalProcessor(ProcessorMixin):
             if has.any():
                 rows = np.flatnonzero(has)
                 items = [columns[modality["name"]][row] for row in rows]
+                index = None
+                if deduplicate and modality["type"] in ("vision", "video"):
+                    distinct = {id(item): item for item in items}
+                    if len(distinct) < len(items):
+                        places = {key: place for place, key in enumerate(distinct)}
+                        index = torch.tensor([places[id(item)] for item in items])
+                        items = list(distinct.values())
                 if modality["type"] == "audio":
                     made = self._process_audio_rows(modality, items, rows, sampling_rate)
                 else:
                     made = getattr(self, f"_process_{modality['type']}_rows")(modality, items, rows)
-                data |= {key: _spread(values, rows, count) for key, values in made.items()}
+                if index is None:
+                    made = {key: _spread(values, rows, count) for key, values in made.items()}
+                else:
+                    made[f"{modality['values']}_index"] = _spread(index, rows, count)
+                data |= made
         partly = present.any(axis=1) & ~present.all(axis=1)
         if partly.any():
             data["modality_mask"] = torch.from_numpy(present.T.copy())

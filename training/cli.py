@@ -1,0 +1,181 @@
+"""The command line: `crossmodal train | evaluate | predict | publish`.
+
+Bad input ends with one line on standard error and exit code 2; a fault of ours with its traceback and exit code 1.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train, evaluate and use CrossModal models.",
+)
+
+_MODEL = Annotated[str, typer.Argument(help="Folder or Hub id of a model.")]
+_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (e.g. vqa_easy) or path of a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. dataset=data/easy_vqa seed=1")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard an earlier run in output_dir.")] = False,
+    as_json: _JSON = False,
+):
+    """Train a recipe into a whole Hub folder; a run that was cut off goes on where it was."""
+    from .recipes import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])
+    _quiet()
+    from .train import train as run
+
+    result = run(loaded, fresh=fresh, write=_note)
+    table = {"this model": result["metrics"], "most common answer": result["majority"]}
+    _print_table(f"{loaded.name}: {loaded.eval_split}, {result['eval_rows']:,} rows", table)
+    _note(f"{result['minutes']:.1f} minutes; the model is in {loaded.output_dir}")
+    if as_json:
+        keys = ("metrics", "majority", "parameters", "trainable_parameters", "minutes", "seed", "epochs", "eval_rows")
+        _print_json({key: result[key] for key in keys} | {"output_dir": loaded.output_dir})
+
+
+@app.command()
+def evaluate(
+    model: _MODEL,
+    dataset: Annotated[str, typer.Option(help="Hub id, folder or file.")],
+    split: Annotated[str, typer.Option(help="Name of the split.")] = "validation",
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    unknown_answers_wrong: Annotated[
+        bool, typer.Option("--unknown-answers-wrong", help="Score answers outside the vocabulary as wrong.")
+    ] = False,
+    as_json: _JSON = False,
+):
+    """Score a model on a split of a dataset."""
+    _quiet()
+    from .evaluate import evaluate as run
+
+    loaded, processor = _load(model)
+    metrics = run(loaded, processor, dataset, split, batch_size, unknown_answers_wrong)
+    _print_table(f"{Path(model).name} on {Path(dataset).name}, {split}", {"this model": metrics})
+    if as_json:
+        _print_json(metrics)
+
+
+@app.command()
+def predict(
+    model: _MODEL,
+    image: Annotated[str | None, typer.Option(help="Path or URL of an image.")] = None,
+    text: Annotated[str | None, typer.Option(help="The question.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of answers.")] = 5,
+    as_json: _JSON = False,
+):
+    """Answer a question about an image; either may be left out."""
+    if image is None and text is None:
+        raise ValueError("nothing to predict from. Pass --image FILE, --text '...', or both.")
+    _quiet()
+    loaded, processor = _load(model)
+    from ..processing.pipeline_crossmodal import CrossModalVQAPipeline
+
+    pipe = CrossModalVQAPipeline(model=loaded.eval(), processor=processor, task="visual-question-answering")
+    found = pipe({"image": image, "question": text}, top_k=top_k, return_modality_weights=True)
+    if as_json:
+        _print_json(found)
+        return
+    for answer in found["answers"]:
+        print(f"{answer['score']:7.2%}  {answer['answer']}")
+    print("weights  " + "  ".join(f"{name} {weight:.2f}" for name, weight in found["modality_weights"].items()))
+
+
+def _load(source):
+    """A head of the family and its processor, from a folder or the Hub."""
+    from transformers import AutoConfig
+
+    from ..modeling import modeling_crossmodal
+    from ..processing.processing_crossmodal import CrossModalProcessor
+
+    path = Path(source)
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"{source!r} is no model: it has no config.json. Give the folder of a finished model.")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(
+            f"the model {source!r} is neither a folder here nor a repo that the Hub hands out. Correct the name."
+        ) from error
+    head = (getattr(config, "architectures", None) or ["?"])[0]
+    if config.model_type != "crossmodal" or not hasattr(modeling_crossmodal, head):
+        raise ValueError(
+            f"{source!r} holds a {head} of type {config.model_type!r}. Expected a head of the CrossModal family."
+        )
+    model = getattr(modeling_crossmodal, head).from_pretrained(source)
+    return model, CrossModalProcessor.from_pretrained(source)
+
+
+def _print_table(title, rows):
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, row in rows.items():
+        table.add_row(label, *(f"{row[name]:.4f}" if name in row else "" for name in names))
+    Console().print(table)
+
+
+def _print_json(value):
+    print(json.dumps(value), flush=True)
+
+
+def _note(line):
+    # Beside a progress bar, a plain print would tear it.
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
+def _quiet():
+    """Silences what libraries say of themselves; errors still come through."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+def _one_line(error):
+    """The message of an error in one line, also when it comes out of a worker process."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith("Original Traceback") for line in lines):
+        lines = [lines[-1].partition(": ")[2] or lines[-1]]
+    return " ".join(lines) or type(error).__name__
+
+
+def main():
+    """Entry point of `crossmodal`."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("crossmodal: interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"crossmodal: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Rows of real datasets to samples: an adapter per schema, matched on columns and never on a path."""
+
+import difflib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from torch.utils.data import Dataset, Sampler
+
+from ..processing.processing_crossmodal import read_image
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How the rows of one schema become samples.
+
+    Args:
+        task: row of `TASKS` that the samples serve.
+        columns: columns a dataset must have to be of this schema.
+        inputs: input of the processor to the column that holds it.
+        target: row (without its images) to what the task learns from.
+        images: columns that hold images.
+    """
+
+    task: str
+    columns: tuple[str, ...]
+    inputs: dict[str, str]
+    target: Callable[[dict], object]
+    images: tuple[str, ...] = ("image",)
+    optional: tuple[str, ...] = field(default=())
+
+
+def _annotators(row):
+    """Ten answers of VQA v2, stored as strings or as dicts with `answer`."""
+    return [answer["answer"] if isinstance(answer, dict) else answer for answer in row["answers"]]
+
+
+# Most specific schema first. A target of a VQA adapter is a string, or the list of all annotators' answers.
+DATASETS = {
+    "vqa_v2": Adapter("vqa", ("image", "question", "answers"), {"images": "image", "text": "question"}, _annotators),
+    "easy_vqa": Adapter(
+        "vqa", ("image", "question", "answer"), {"images": "image", "text": "question"}, lambda row: str(row["answer"])
+    ),
+    "nlvr": Adapter(
+        "vqa",
+        ("image", "sentence", "label"),
+        {"images": "image", "text": "sentence"},
+        # Labels of NLVR are booleans here, and the strings "true" and "false" in its own files.
+        lambda row: str(row["label"]).lower(),
+    ),
+}
+
+
+def find_adapter(columns, task):
+    """Name of the adapter of a task whose columns a dataset has. Raises ValueError naming what is missing."""
+    candidates = {name: adapter for name, adapter in DATASETS.items() if adapter.task == task}
+    for name, adapter in candidates.items():
+        if set(adapter.columns) <= set(columns):
+            return name
+    wanted = min(candidates, key=lambda name: len(set(candidates[name].columns) - set(columns)))
+    missing = sorted(set(candidates[wanted].columns) - set(columns))
+    schemas = "; ".join(f"{name}: {', '.join(adapter.columns)}" for name, adapter in candidates.items())
+    raise ValueError(
+        f"no column {' and no column '.join(map(repr, missing))} in the dataset; it has {sorted(columns)}. Schemas for "
+        f"task {task!r}: {schemas}. Rename its columns, or add an adapter to DATASETS in training/datasets.py."
+    )
+
+
+def load_rows(source, split):
+    """One split of a dataset: a Hub id, a folder or a file that `datasets.load_dataset` reads.
+
+    A single file (.parquet, .jsonl, .json, .csv) is taken as the split that is asked for.
+
+    Raises:
+        ValueError: if there is no such dataset or split, naming those there are.
+    """
+    import datasets
+
+    path = Path(source)
+    readers = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+    try:
+        if path.is_file():
+            if path.suffix not in readers:
+                raise ValueError(f"the file {source!r} is none of {', '.join(readers)}. Convert it to one of these.")
+            return datasets.load_dataset(readers[path.suffix], data_files={split: str(path)}, split=split)
+        if path.is_dir() and not any(p.is_file() for p in path.rglob("*")):
+            raise ValueError(f"the folder {source!r} is empty. Expected parquet, jsonl, csv or image files.")
+        if not path.exists() and (
+            path.suffix in readers or source.startswith((".", "/", "~")) or source.count("/") > 1
+        ):
+            raise ValueError(f"the dataset {source!r} does not exist. Give a folder, a file or a Hub id.")
+        splits = datasets.get_dataset_split_names(source)
+        if split not in splits:
+            near = sorted(splits, key=lambda s: -difflib.SequenceMatcher(None, split, s).ratio())
+            raise ValueError(f"the dataset {source!r} has no split {split!r}. It has: {', '.join(near)}.")
+        return datasets.load_dataset(source, split=split)
+    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError) as error:
+        raise ValueError(
+            f"the dataset {source!r} is neither a folder or file here nor a dataset of the Hub. Correct the name; for a "
+            "private one log in with `hf auth login`."
+        ) from error
+    except (ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"the dataset {source!r} cannot be read: {str(cause).splitlines()[0]}") from error
+
+
+class RowDataset(Dataset):
+    """Samples of a split: `{input of the processor: raw value, ..., "target": what the task learns from}`.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        task: name of the task, which the adapter is looked up for.
+        augment: name of an augmentation of `AUGMENTATIONS`, for training.
+    """
+
+    def __init__(self, rows, task, augment=None):
+        import datasets
+
+        self.adapter_name = find_adapter(rows.column_names, task)
+        self.adapter = DATASETS[self.adapter_name]
+        if augment is not None and augment not in AUGMENTATIONS:
+            near = sorted(AUGMENTATIONS, key=lambda n: -difflib.SequenceMatcher(None, augment, n).ratio())
+            raise ValueError(f"augment={augment!r} is unknown. Expected one of {near}.")
+        self.augment = augment and AUGMENTATIONS[augment]
+        for column in self.adapter.images:
+            # Decoded here, so that a broken image is named with its row.
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        self.rows = rows
+        # Rows about the same image, which are cheaper in one batch.
+        self.groups = rows["image_id"] if "image_id" in rows.column_names else None
+        self.targets = [self.adapter.target(row) for row in rows.remove_columns(self.adapter.images)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        sample = {key: row[column] for key, column in self.adapter.inputs.items()}
+        for key, column in self.adapter.inputs.items():
+            if column in self.adapter.images and row[column] is not None:
+                try:
+                    sample[key] = _read_once(row[column].get("bytes") or row[column].get("path"))
+                except ValueError as error:
+                    raise ValueError(f"row {index} of the dataset, column {column!r}: {error}") from error
+        if self.augment:
+            sample = self.augment(sample)
+        return sample | {"target": self.targets[index]}
+
+
+@lru_cache(maxsize=64)
+def _read_once(source):
+    """An image from its bytes or path. Rows that follow one another and share an image get the same object."""
+    return read_image(source)
+
+
+class GroupedSampler(Sampler):
+    """Random order in which up to `rows_per_group` rows of a group stay together.
+
+    Args:
+        groups: group of every row, such as the id of its image.
+        seed: with the epoch (`set_epoch`), of the order.
+    """
+
+    def __init__(self, groups, rows_per_group, seed=0):
+        members = {}
+        for row, group in enumerate(groups):
+            members.setdefault(group, []).append(row)
+        self.members, self.rows_per_group = list(members.values()), rows_per_group
+        self.seed, self.epoch, self.length = seed, 0, len(groups)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        order, chunks = random.Random(f"{self.seed}-{self.epoch}"), []
+        for rows in self.members:
+            rows = order.sample(rows, len(rows))
+            chunks += [rows[i : i + self.rows_per_group] for i in range(0, len(rows), self.rows_per_group)]
+        order.shuffle(chunks)
+        return iter([row for chunk in chunks for row in chunk])
+
+
+def permute_boxes(sample, boxes=3):
+    """NLVR's own augmentation: the boxes of the image, side by side with equal gaps, in a random order.
+
+    A sentence about the boxes as a set stays as true as it was.
+    """
+    image = sample["images"]
+    width, height = image.size
+    gap = (width - boxes * height) // (boxes - 1)
+    if gap < 0 or width != boxes * height + (boxes - 1) * gap:
+        raise ValueError(f"permute_boxes: an image of {width} x {height} pixels does not hold {boxes} square boxes.")
+    step = height + gap
+    permuted = image.copy()
+    for place, source in enumerate(random.sample(range(boxes), boxes)):
+        permuted.paste(image.crop((source * step, 0, source * step + height, height)), (place * step, 0))
+    return sample | {"images": permuted}
+
+
+AUGMENTATIONS = {"permute_boxes": permute_boxes}

@@ -1,0 +1,117 @@
+"""A trained model to a whole Hub folder: weights, code, processor, pipeline and card; nothing half-written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+_UNFINISHED = ".unfinished"
+_CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+
+
+def remove_unfinished(folder, write=print):
+    """Clears what a kill in the middle of an export left behind, and says so."""
+    leftover = Path(folder) / _UNFINISHED
+    if leftover.exists():
+        shutil.rmtree(leftover)
+        write(f"{folder}: an export was cut off here. What it had written is removed.")
+
+
+def export_folder(model, processor, folder, recipe=None, result=None):
+    """Writes a Hub repo that loads anywhere with `trust_remote_code=True`.
+
+    Everything is written aside first and then moved, `config.json` last: a folder without it is no model, so that no
+    load ever takes a half-written folder for a whole one.
+
+    Args:
+        model: a head of the family. processor: CrossModalProcessor.
+        recipe, result: what `train` was given and returned, for the card.
+    """
+    folder = Path(folder)
+    aside = folder / _UNFINISHED
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        model.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        if result is not None:
+            numbers = {k: v for k, v in result.items() if k in _REPORTED}
+            (aside / "eval_results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        if recipe is not None:
+            from .train import recipe_text
+
+            (aside / "recipe.yaml").write_text(recipe_text(recipe))
+        model_card(model, recipe, result).save(aside / "README.md")
+        (folder / "config.json").unlink(missing_ok=True)
+        for path in sorted(aside.iterdir(), key=lambda p: p.name == "config.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+_REPORTED = (
+    "metrics",
+    "majority",
+    "baselines",
+    "parameters",
+    "trainable_parameters",
+    "minutes",
+    "seed",
+    "epochs",
+    "eval_rows",
+)
+
+
+def model_card(model, recipe=None, result=None):
+    """The card of a model, from the template of its head, with the numbers of `result`."""
+    config = model.config
+    head = type(model).__name__
+    metrics = {k: v for k, v in (result or {}).get("metrics", {}).items() if k != "loss"}
+    dataset = Path(recipe.dataset).name if recipe is not None else "unknown"
+    split = recipe.eval_split if recipe is not None else None
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="visual-question-answering" if head == "CrossModalForVQA" else None,
+        tags=["crossmodal", "multimodal", config.fusion_type],
+        model_name=recipe.name if recipe is not None else head,
+        eval_results=[
+            EvalResult(
+                task_type="visual-question-answering",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split=split,
+                metric_type=name,
+                metric_value=round(value, 4),
+            )
+            for name, value in metrics.items()
+        ]
+        or None,
+    )
+    modalities = [
+        {
+            "name": name,
+            "encoder": getattr(config, f"{name}_config").model_type,
+            "levels": config.levels_of(name),
+            "frozen": name in config.frozen_modalities,
+        }
+        for name in config.modality_names
+    ]
+    return ModelCard.from_template(
+        data,
+        template_path=str(_CARDS / f"{head}.md"),
+        head=head,
+        title=data.model_name,
+        config=config,
+        modalities=modalities,
+        dataset=dataset,
+        split=split,
+        metrics=metrics,
+        result=result or {},
+        recipe=recipe,
+        answers=list(config.id2label.values())[:20],
+        num_answers=len(config.id2label),
+    )

@@ -1,0 +1,123 @@
+"""Training recipes: a YAML file plus `key=value` overrides, checked before anything is loaded."""
+
+import difflib
+from dataclasses import dataclass, field, fields
+
+import yaml
+
+from ..configs import load_recipe
+from .tasks import TASKS
+
+
+# Arguments of TrainingArguments that a recipe leaves to the code.
+_RESERVED = {"output_dir", "seed", "data_seed", "remove_unused_columns", "resume_from_checkpoint", "do_train"}
+
+
+@dataclass
+class Recipe:
+    """A whole training run.
+
+    Args:
+        task: row of `TASKS`.
+        dataset: Hub id, folder or file.
+        output_dir: becomes a whole Hub repo when training ends; holds `checkpoints/` while it runs.
+        train_split, eval_split: names of splits.
+        max_train_rows, max_eval_rows: use only so many rows, drawn with the seed.
+        min_answer_count: answers rarer than this are no class.
+        augment: row of `AUGMENTATIONS`, for training.
+        rows_per_image: rows about one image (column `image_id`) that a training batch takes together; the image is then
+            encoded once for all of them.
+        model: `preset` or `encoders` (modality to Hub id, folder, or config with `model_type`, or
+            `{model: ..., levels: ...}`), `config` (fields of CrossModalConfig), `freeze`.
+        processor: `image_size` [height, width] for encoders without an image processor of their own; `tokenizer`: a Hub
+            id or folder, or `train` to train one of `vocab_size` on the questions.
+        learning_rates: per modality encoder, `fusion` and `head`; others take `training.learning_rate`.
+        training: arguments of transformers' TrainingArguments.
+        early_stopping_patience: evaluations without progress before training stops; None never stops.
+    """
+
+    task: str
+    dataset: str
+    output_dir: str
+    train_split: str = "train"
+    eval_split: str = "validation"
+    seed: int = 42
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
+    min_answer_count: int = 1
+    augment: str | None = None
+    rows_per_image: int = 1
+    model: dict = field(default_factory=dict)
+    processor: dict = field(default_factory=dict)
+    learning_rates: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    early_stopping_patience: int | None = None
+    name: str = ""
+
+    _SECTIONS = {
+        "model": ("preset", "encoders", "config", "freeze"),
+        "processor": ("image_size", "tokenizer", "vocab_size"),
+    }
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is unknown. Expected one of {_nearest(self.task, TASKS)}.")
+        for section, keys in self._SECTIONS.items():
+            for key in getattr(self, section):
+                if key not in keys:
+                    raise ValueError(f"{section}.{key} is no key of a recipe. Expected one of {_nearest(key, keys)}.")
+        if bool(self.model.get("preset")) == bool(self.model.get("encoders")):
+            raise ValueError("model: give either `preset` or `encoders`, one of the two.")
+        allowed = _training_keys()
+        for key in self.training:
+            if key not in allowed:
+                near = _nearest(key, allowed)[:3]
+                raise ValueError(
+                    f"training.{key} is no argument of TrainingArguments that a recipe sets. Nearest: {near}."
+                )
+
+    @classmethod
+    def load(cls, name, overrides=()):
+        """A recipe by name or path, with overrides such as `dataset=data/x` or `training.num_train_epochs=2`.
+
+        An override without a dot may also name a key of `training`.
+        """
+        values = load_recipe(name)
+        known = {f.name for f in fields(cls)}
+        for override in overrides:
+            key, separator, text = override.partition("=")
+            if not separator:
+                raise ValueError(f"{override!r} is no override. Expected key=value, e.g. dataset=data/easy_vqa.")
+            value = yaml.safe_load(text) if text else None
+            section, *rest = key.split(".")
+            if not rest and section not in known and section in _training_keys():
+                section, rest = "training", [section]
+            cls._check_key(section, known | _training_keys() if not rest else known)
+            target = values
+            for part in [section, *rest][:-1]:
+                target = target.setdefault(part, {})
+                if not isinstance(target, dict):
+                    raise ValueError(f"{key}: {part!r} holds {target!r}, not further keys. Give {part}=... itself.")
+            target[[section, *rest][-1]] = value
+        for key in values:
+            cls._check_key(key, known)
+        missing = [key for key in ("task", "dataset", "output_dir") if not values.get(key)]
+        if missing:
+            raise ValueError(f"the recipe {name!r} lacks {missing}. Add it to the file, or pass {missing[0]}=....")
+        values["name"] = values.get("name") or str(name)
+        return cls(**values)
+
+    @staticmethod
+    def _check_key(key, known):
+        if key not in known:
+            raise ValueError(f"{key!r} is no key of a recipe. Did you mean {_nearest(key, known)[0]!r}?")
+
+
+def _training_keys():
+    from transformers import TrainingArguments
+
+    return {f.name for f in fields(TrainingArguments) if f.init} - _RESERVED
+
+
+def _nearest(given, allowed):
+    return sorted(allowed, key=lambda value: -difflib.SequenceMatcher(None, str(given), value).ratio())

@@ -1,0 +1,100 @@
+"""Tasks: what a head learns from, and how it is scored. One row of `TASKS` per head."""
+
+from collections import Counter
+
+import numpy as np
+import torch
+
+from .metrics.vqa_accuracy.vqa_scoring import normalize_answer, soft_targets, vqa_score
+
+
+class VQATask:
+    """Answers from a vocabulary. Targets are one answer, or the answers of all annotators (soft targets)."""
+
+    model_class = "CrossModalForVQA"
+    main_metric = "vqa_accuracy"
+
+    def __init__(self, id2label, problem_type):
+        self.id2label = {int(index): label for index, label in id2label.items()}
+        self.label2id = {label: index for index, label in self.id2label.items()}
+        self.soft = problem_type == "multi_label_classification"
+
+    @classmethod
+    def from_targets(cls, targets, min_answer_count=1):
+        """The task of a training split: its vocabulary is every answer given at least `min_answer_count` times.
+
+        Several annotators make soft targets; their answers are normalised as the official scorer does.
+        """
+        soft = any(isinstance(target, list) for target in targets)
+        if soft:
+            counts = Counter(normalize_answer(answer) for target in targets for answer in set(target))
+        else:
+            counts = Counter(targets)
+        labels = sorted(answer for answer, count in counts.items() if count >= min_answer_count)
+        if len(labels) < 2:
+            raise ValueError(
+                f"{len(labels)} answers occur at least min_answer_count={min_answer_count} times in the training split. "
+                "Expected at least 2: lower min_answer_count, or check the answer column."
+            )
+        return cls(dict(enumerate(labels)), "multi_label_classification" if soft else "single_label_classification")
+
+    @classmethod
+    def from_config(cls, config):
+        """The task of a trained model."""
+        return cls(config.id2label, config.problem_type)
+
+    @property
+    def config_fields(self):
+        """What the model's config must say of this task."""
+        return {
+            "id2label": self.id2label,
+            "label2id": self.label2id,
+            "problem_type": "multi_label_classification" if self.soft else "single_label_classification",
+        }
+
+    def encode_targets(self, targets):
+        """Labels of a batch: (B,) ids, or (B,A) scores. An answer that is no class cannot be learnt and has no id."""
+        if not self.soft:
+            return torch.tensor([self.label2id.get(target, -100) for target in targets])
+        labels = torch.zeros(len(targets), len(self.label2id))
+        for row, target in zip(labels, targets, strict=True):
+            for answer, score in soft_targets(target if isinstance(target, list) else [target]).items():
+                if answer in self.label2id:
+                    row[self.label2id[answer]] = score
+        return labels
+
+    def check_targets(self, targets, allow_unknown=False):
+        """Refuses single answers outside the vocabulary, unless they may count as wrong."""
+        if self.soft or allow_unknown:
+            return
+        for row, target in enumerate(targets):
+            if isinstance(target, str) and target not in self.label2id:
+                known = sorted(self.label2id)
+                raise ValueError(
+                    f"the answer {target!r} of row {row} is outside the model's {len(known)} answers "
+                    f"({', '.join(known[:8])}{', ...' if len(known) > 8 else ''}). Use a dataset of this vocabulary, or "
+                    "pass --unknown-answers-wrong to score such rows as wrong."
+                )
+
+    def score(self, logits, targets):
+        """Metrics in [0,1] of logits (N,A): `accuracy` (the answer, or the annotators' most common one) and VQA's own."""
+        predictions = [self.id2label[index] for index in np.asarray(logits).argmax(-1).tolist()]
+        return self.score_answers(predictions, targets)
+
+    @staticmethod
+    def score_answers(predictions, targets):
+        exact, official = [], []
+        for prediction, target in zip(predictions, targets, strict=True):
+            annotators = target if isinstance(target, list) else [target]
+            truth = Counter(map(normalize_answer, annotators)).most_common(1)[0][0]
+            exact.append(normalize_answer(prediction) == truth)
+            official.append(vqa_score(prediction, annotators))
+        return {"accuracy": float(np.mean(exact)), "vqa_accuracy": float(np.mean(official))}
+
+    def majority(self, train_targets, targets):
+        """Score of the answer that is most common in training, whatever is asked."""
+        counts = Counter(a for t in train_targets for a in (t if isinstance(t, list) else [t]))
+        return self.score_answers([counts.most_common(1)[0][0]] * len(targets), targets)
+
+
+TASKS = {"vqa": VQATask}

@@ -1,0 +1,236 @@
+"""A recipe to a trained model in a whole Hub folder."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    set_seed,
+)
+from transformers.trainer_callback import ProgressCallback
+
+from ..modeling import modeling_crossmodal
+from ..modeling.configuration_crossmodal import _as_config
+from ..processing.processing_crossmodal import CrossModalProcessor
+from .collator import SampleCollator
+from .datasets import RowDataset, load_rows
+from .publish import export_folder, remove_unfinished
+from .tasks import TASKS
+from .trainer import CrossModalTrainer, EpochReport, QuietProgress, last_whole_checkpoint
+
+
+def train_tokenizer(texts, vocab_size=2000):
+    """A lower-casing WordPiece tokenizer with BERT's special tokens, trained on texts. For worlds small enough."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def _texts(dataset):
+    column = dataset.adapter.inputs["text"]
+    return [text for text in dict.fromkeys(dataset.rows[column]) if text]
+
+
+def build(recipe, task, train_dataset):
+    """(model, processor) of a recipe. `task` says the labels; a tokenizer may be trained on the training split."""
+    options = dict(recipe.model.get("config") or {}) | task.config_fields
+    if recipe.model.get("preset"):
+        from ..configs import load_preset
+
+        preset = load_preset(recipe.model["preset"])
+        encoders, options = preset.pop("modalities"), preset | options
+    else:
+        encoders = recipe.model["encoders"]
+    encoders = {name: dict(v) if isinstance(v, dict) else {"model": v} for name, v in encoders.items()}
+    for name, entry in encoders.items():
+        if "model_type" in entry:
+            encoders[name] = {"model": entry}
+        elif "config" in entry:
+            entry["model"] = entry.pop("config")
+    sources = {name: entry["model"] for name, entry in encoders.items() if isinstance(entry["model"], str)}
+    tokenizer = _tokenizer(recipe, sources, train_dataset)
+    for name, entry in encoders.items():
+        if isinstance(entry["model"], dict):
+            made = _as_config(name, entry["model"])
+            if hasattr(made, "vocab_size") and tokenizer is not None:
+                made.vocab_size, made.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+            entry["model"] = made
+    model = getattr(modeling_crossmodal, task.model_class).from_encoders(
+        freeze=tuple(recipe.model.get("freeze") or ()), **encoders, **options
+    )
+    return model, _processor(recipe, model.config, sources, tokenizer)
+
+
+def _tokenizer(recipe, sources, train_dataset):
+    source = recipe.processor.get("tokenizer") or sources.get("text")
+    if source == "train":
+        return train_tokenizer(_texts(train_dataset), recipe.processor.get("vocab_size", 2000))
+    return AutoTokenizer.from_pretrained(source) if source else None
+
+
+def _processor(recipe, config, sources, tokenizer):
+    image_processor = None
+    size = recipe.processor.get("image_size")
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        image_processor = ViTImageProcessorPil(size={"height": height, "width": width})
+    elif "vision" in sources:
+        image_processor = AutoImageProcessor.from_pretrained(sources["vision"])
+    return CrossModalProcessor.from_config(config, image_processor=image_processor, tokenizer=tokenizer)
+
+
+def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, export=True):
+    """Runs a recipe.
+
+    Args:
+        recipe: Recipe.
+        train_rows, eval_rows: rows to use instead of `recipe.dataset`.
+        fresh: discard an earlier run in `recipe.output_dir`.
+        write: takes each line of report.
+        export: write the Hub folder (off for baselines that are only measured).
+
+    Returns:
+        dict with `metrics` on the evaluation split, `majority`, `model`, `processor`, `minutes`, `parameters`.
+
+    Raises:
+        ValueError: for data, models or folders that do not fit, before training starts.
+    """
+    started = time.time()
+    output = Path(recipe.output_dir)
+    checkpoint = _claim_folder(recipe, output, fresh, write)
+    set_seed(recipe.seed)
+    train_dataset = _split(recipe, train_rows, recipe.train_split, recipe.max_train_rows, recipe.augment)
+    eval_dataset = _split(recipe, eval_rows, recipe.eval_split, recipe.max_eval_rows)
+    task = TASKS[recipe.task].from_targets(train_dataset.targets, recipe.min_answer_count)
+    task.check_targets(eval_dataset.targets)
+    model, processor = build(recipe, task, train_dataset)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    write(
+        f"{recipe.name}: {len(train_dataset):,} training and {len(eval_dataset):,} evaluation rows, "
+        f"{len(task.id2label)} labels; {trainable:,} of {total:,} parameters are trained."
+    )
+
+    arguments = TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        **{**_DEFAULTS, "metric_for_best_model": task.main_metric, **recipe.training},
+    )
+    callbacks = [EpochReport(task.main_metric, write)]
+    if recipe.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    trainer = CrossModalTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=SampleCollator(processor, task.encode_targets),
+        processing_class=processor,
+        compute_metrics=lambda prediction: task.score(prediction.predictions, eval_dataset.targets),
+        callbacks=callbacks,
+        learning_rates=recipe.learning_rates,
+        rows_per_image=recipe.rows_per_image,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress())
+    if checkpoint is not None:
+        write(f"resuming from {checkpoint.name}.")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+    metrics = {key: value for key, value in metrics.items() if key in ("loss", "accuracy", "vqa_accuracy")}
+    result = {
+        "metrics": metrics,
+        "majority": task.majority(train_dataset.targets, eval_dataset.targets),
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "minutes": (time.time() - started) / 60,
+        "seed": recipe.seed,
+        "epochs": trainer.state.epoch,
+        "eval_rows": len(eval_dataset),
+    }
+    if export and trainer.is_world_process_zero():
+        export_folder(trainer.model, processor, output, recipe=recipe, result=result)
+    return result | {"model": trainer.model, "processor": processor, "log": trainer.state.log_history}
+
+
+_DEFAULTS = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+    "logging_steps": 50,
+    "lr_scheduler_type": "cosine",
+    "report_to": "none",
+}
+
+
+def _split(recipe, rows, split, limit, augment=None):
+    rows = load_rows(recipe.dataset, split) if rows is None else rows
+    if limit is not None and limit < len(rows):
+        rows = rows.shuffle(seed=recipe.seed).select(range(limit))
+    return RowDataset(rows, recipe.task, augment)
+
+
+def _claim_folder(recipe, output, fresh, write):
+    """Makes `output` this recipe's own. Returns the checkpoint to resume from, or None."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir={str(output)!r} is a file. Give a folder.")
+    checkpoints, stamp = output / "checkpoints", output / "checkpoints" / "recipe.json"
+    remove_unfinished(output, write)
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    # A path says where a run lies, not what it is.
+    wanted.pop("output_dir")
+    if fresh:
+        import shutil
+
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    elif stamp.exists():
+        earlier = json.loads(stamp.read_text())
+        different = sorted(key for key in wanted.keys() | earlier.keys() if wanted.get(key) != earlier.get(key))
+        if different:
+            raise ValueError(
+                f"output_dir={str(output)!r} holds a run with another {', '.join(different)} (for example "
+                f"{different[0]}: {earlier.get(different[0])!r}, now {wanted.get(different[0])!r}). Choose another "
+                "output_dir, or pass --fresh to discard that run."
+            )
+        checkpoint, broken = last_whole_checkpoint(checkpoints)
+        for name in broken:
+            write(f"{name} was cut off while it was saved: ignored and removed.")
+        return checkpoint
+    elif any(output.glob("*.safetensors")):
+        raise ValueError(
+            f"output_dir={str(output)!r} holds a model already. Choose another, or pass --fresh to replace it."
+        )
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(json.dumps(wanted, indent=1))
+    return None
+
+
+def recipe_text(recipe):
+    """The recipe as published: without the paths of this machine."""
+    values = {key: value for key, value in asdict(recipe).items() if value not in (None, {}, "")}
+    for key in ("dataset", "output_dir", "name"):
+        values[key] = (
+            Path(str(values.get(key, ""))).name if Path(str(values.get(key, ""))).exists() else values.get(key)
+        )
+    return yaml.safe_dump(values, sort_keys=False)

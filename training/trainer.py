@@ -1,0 +1,133 @@
+"""The few overrides of transformers' Trainer: learning rates per component, modality weights in the log."""
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .datasets import GroupedSampler
+
+
+class CrossModalTrainer(Trainer):
+    """Trainer for any model of the family, alone or under peft.
+
+    Args:
+        learning_rates: component to learning rate. Components are the modality names (their encoders), `fusion`
+            (everything else of the base model) and `head`; those not named take `args.learning_rate`.
+        rows_per_image: rows about one image that a training batch takes together, where the dataset has `groups`.
+    """
+
+    def __init__(self, *args, learning_rates=None, rows_per_image=1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.learning_rates = dict(learning_rates or {})
+        self.rows_per_image = rows_per_image
+        if self.args.n_gpu > 1 and hasattr(self.data_collator, "deduplicate"):
+            # torch.nn.DataParallel cuts every tensor of a batch alike, also those with one row per image.
+            self.data_collator.deduplicate = False
+        self._weight_sums = None
+        names = self.model.config.modality_names
+        for component in self.learning_rates:
+            if component not in (*names, "fusion", "head"):
+                raise ValueError(
+                    f"learning_rates has {component!r}. Expected any of {[*names, 'fusion', 'head']}: the encoders by "
+                    "modality name, the fusion and the head."
+                )
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.rows_per_image > 1 and getattr(dataset, "groups", None) is not None:
+            return GroupedSampler(dataset.groups, self.rows_per_image, self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def create_optimizer(self, model=None):
+        if self.learning_rates and self.optimizer is None:
+            target = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(target))
+            groups = {}
+            for name, parameter in target.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((component_of(name), name in decayed), []).append(parameter)
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                        "lr": float(self.learning_rates.get(component, self.args.learning_rate)),
+                    }
+                    for (component, decay), parameters in groups.items()
+                ],
+                **arguments,
+            )
+        return super().create_optimizer(model)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        weights = outputs.get("modality_weights") if hasattr(outputs, "get") else None
+        if weights is not None and model.training:
+            sums = weights.detach().float().mean(dim=0)
+            self._weight_sums = (
+                (sums, 1) if self._weight_sums is None else (self._weight_sums[0] + sums, self._weight_sums[1] + 1)
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        # A fusion that leans on one modality alone is the classic failure: it must be seen while it happens.
+        if self._weight_sums is not None and "loss" in logs:
+            means = (self._weight_sums[0] / self._weight_sums[1]).tolist()
+            logs |= {
+                f"weight_{name}": round(w, 4) for name, w in zip(self.model.config.modality_names, means, strict=True)
+            }
+            self._weight_sums = None
+        super().log(logs, start_time)
+
+
+def component_of(parameter_name):
+    """The component a parameter belongs to: a modality name, `fusion` or `head`."""
+    parts = parameter_name.split(".")
+    if "encoders" in parts:
+        return parts[parts.index("encoders") + 1]
+    return "fusion" if "crossmodal" in parts else "head"
+
+
+def last_whole_checkpoint(folder):
+    """(path of the last whole checkpoint or None, names of broken ones, which are removed).
+
+    Trainer writes `trainer_state.json` last: a checkpoint without a readable one was cut off while it was saved.
+    """
+    folder, broken = Path(folder), []
+    while folder.is_dir() and (path := get_last_checkpoint(str(folder))) is not None:
+        try:
+            json.loads((Path(path) / "trainer_state.json").read_text())
+            return path, broken
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+            broken.append(Path(path).name)
+    return None, broken
+
+
+class QuietProgress(ProgressCallback):
+    """Trainer's progress bar, with loss and metrics beside it instead of one dict per line."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {k: f"{v:.4g}" for k, v in (logs or {}).items() if k in ("loss", "epoch") or "accuracy" in k}
+            self.training_bar.set_postfix(shown, refresh=False)
+
+
+class EpochReport(TrainerCallback):
+    """One line per evaluation: epoch, training loss and the task's metric."""
+
+    def __init__(self, metric, write):
+        self.metric, self.write, self.loss = metric, write, float("nan")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        value = (metrics or {}).get(f"eval_{self.metric}")
+        if state.is_world_process_zero and value is not None:
+            self.write(f"epoch {state.epoch:6.2f}   loss {self.loss:.4f}   {self.metric} {value:.4f}")
