@@ -597,8 +597,18 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
     taken from the first labels seen: long (B,) or float (B,A).
     """
 
+    # What `pipeline(model=folder)` runs. The processor carries the file.
+    custom_pipelines = {
+        "visual-question-answering": {
+            "impl": "pipeline_crossmodal.CrossModalVQAPipeline",
+            "pt": ["AutoModelForVisualQuestionAnswering"],
+            "type": "multimodal",
+        }
+    }
+
     def __init__(self, config, encoders=None):
         super().__init__(config)
+        config.custom_pipelines = self.custom_pipelines
         self.crossmodal = CrossModalModel(config, encoders)
         self.main_input_name = self.crossmodal.main_input_name
         self.classifier = ClassificationHead(config)

@@ -118,12 +118,3 @@ def _is_image(value):
     items = value if isinstance(value, list | tuple) else []
     return bool(items) and _is_image(items[0])
 
-
-# One entry per task, as `config.custom_pipelines` wants it: the class here, and the Auto class of its model.
-PIPELINES = {
-    "visual-question-answering": {
-        "impl": "pipeline_crossmodal.CrossModalVQAPipeline",
-        "pt": ["AutoModelForVisualQuestionAnswering"],
-        "type": "multimodal",
-    },
-}

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
-# Not called here: the processor carries the pipelines, so that a folder it is saved to runs in `pipeline(model=folder)`.
-from .pipeline_crossmodal import PIPELINES
+# Not called here: what a file imports is saved with it, and a folder with model and processor runs in `pipeline`.
+from .pipeline_crossmodal import CrossModalPipeline  # noqa: F401
 
 
 # The argument of `__call__` for the first modality of a type, as in other processors of transformers.
@@ -49,7 +49,6 @@ class CrossModalProcessor(ProcessorMixin):
         tensor([[ True,  True], [False,  True]])
     """
 
-    pipelines = PIPELINES
     image_processor = None
     tokenizer = None
     feature_extractor = None

@@ -6,6 +6,7 @@ Bad input ends with one line on standard error and exit code 2; a fault of ours 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -91,6 +92,26 @@ def predict(
     for answer in found["answers"]:
         print(f"{answer['score']:7.2%}  {answer['answer']}")
     print("weights  " + "  ".join(f"{name} {weight:.2f}" for name, weight in found["modality_weights"].items()))
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder to write.")] = "outputs/demo",
+    images: Annotated[int, typer.Option(min=16, help="Images of the training world.")] = 2500,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: _JSON = False,
+):
+    """Train the tiny preset on a drawn world beside its baselines, and show what it learnt."""
+    _quiet()
+    from .demo import demo as run
+
+    started = time.time()
+    table = run(output, images, epochs, seed, write=_note)
+    _print_table("Test accuracy by kind of question", table)
+    _note(f"{(time.time() - started) / 60:.1f} minutes in all. Folder: {output}   picture: {output}/answers.png")
+    if as_json:
+        _print_json(table)
 
 
 def _load(source):

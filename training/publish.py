@@ -7,9 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..model_cards import card_template
+
 
 _UNFINISHED = ".unfinished"
-_CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 
 
 def remove_unfinished(folder, write=print):
@@ -102,7 +103,7 @@ def model_card(model, recipe=None, result=None):
     ]
     return ModelCard.from_template(
         data,
-        template_path=str(_CARDS / f"{head}.md"),
+        template_path=str(card_template(head)),
         head=head,
         title=data.model_name,
         config=config,
