@@ -21,6 +21,23 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 
+# Auto class to the head that it loads; AutoConfig, AutoModel and AutoProcessor are registered too.
+_AUTO_CLASSES = {
+    "AutoModel": "CrossModalModel",
+    "AutoModelForVisualQuestionAnswering": "CrossModalForVQA",
+}
+
+
+def _register():
+    import transformers
+
+    config = __getattr__("CrossModalConfig")
+    transformers.AutoConfig.register(config.model_type, config)
+    transformers.AutoProcessor.register(config, __getattr__("CrossModalProcessor"))
+    for auto_class, model in _AUTO_CLASSES.items():
+        getattr(transformers, auto_class).register(config, __getattr__(model))
+
+
 def __getattr__(name):
     if name not in _EXPORTS:
         raise AttributeError(f"module 'crossmodal' has no attribute {name!r}. It has {sorted(_EXPORTS)}.")
@@ -29,3 +46,6 @@ def __getattr__(name):
 
 def __dir__():
     return sorted(__all__)
+
+
+_register()

@@ -438,8 +438,9 @@ class CrossModalConfig(PreTrainedConfig):
             raise ValueError("fusion_queries=[] leaves nothing to fuse. Name at least one modality, or give None.")
 
     def get_text_config(self, decoder=None, encoder=None):
-        # The default would hand out the config of the text encoder as if it were that of the whole model.
-        return self
+        # Generation asks for the decoder's: a text encoder's must not pass for it.
+        texts = [name for name in self.modality_names if self.modality_settings[name]["type"] == "text"]
+        return getattr(self, f"{texts[0]}_config") if texts and not decoder else self
 
 
 def _validate(config):

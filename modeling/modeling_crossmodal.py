@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_crossmodal import CrossModalConfig, nearest_first
 from .encoders_crossmodal import (
@@ -154,6 +155,17 @@ class CrossModalPreTrainedModel(PreTrainedModel):
         for name in self.config.modality_names:
             if self.config.modality_settings[name]["type"] == "text":
                 self._base.encoders[name].set_input_embeddings(value)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True loses the gradients of streams, which travel between layers in dicts. Pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, the default."
+            )
+        given = (
+            {} if gradient_checkpointing_func is None else {"gradient_checkpointing_func": gradient_checkpointing_func}
+        )
+        super()._set_gradient_checkpointing(enable=enable, **given, **kwargs)
 
     def freeze(self, *names):
         """Takes encoders out of training, by modality name; they stay in eval mode. Saved with the config."""
@@ -347,6 +359,9 @@ class CrossModalModel(CrossModalPreTrainedModel):
                     # Weights that were handed in are trained ones: `post_init` must leave them alone.
                     module._is_hf_initialized = True
             keep_all_layers(encoder)
+            if isinstance(encoder, PreTrainedModel):
+                # The first forward would do it under a lock, which torch.compile cannot trace.
+                maybe_install_capturing_hooks(encoder)
             self.encoders[name] = encoder
         self.modality_types = nn.Embedding(len(config.modality_names), config.hidden_size)
         self.projections = nn.ModuleDict({name: ModalityProjection(config, name) for name in config.modality_names})
@@ -552,6 +567,10 @@ class CrossModalModel(CrossModalPreTrainedModel):
             "pixel_values_videos": pixel_values_videos,
         }
         inputs = {key: value for key, value in inputs.items() if value is not None} | named_inputs
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         encoded, presence = self.encode(self._collect_inputs(inputs, modality_mask), modality_mask)
         levels, masks = self.project(encoded)
         tokens, embeddings, weights, pooled, attentions = self.fuse(levels, masks, presence, bool(output_attentions))
@@ -647,7 +666,7 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
             modality_weights=outputs.modality_weights,
-            pooler_output=outputs.pooler_output if output_hidden_states else None,
+            pooler_output=None if outputs.modality_tokens is None else outputs.pooler_output,
             modality_tokens=outputs.modality_tokens,
             token_grids=outputs.token_grids,
             cross_attentions=outputs.cross_attentions,
@@ -665,6 +684,14 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
                 f"'multi_label_classification', or answer ids {tuple(logits.shape[:1])} for "
                 "'single_label_classification'."
             )
+        # On a GPU the kernel itself stops at a wrong label; to look here would make every step wait for it.
+        if not soft and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = labels[(labels != -100) & ((labels < 0) | (labels >= logits.shape[1]))]
+            if len(wrong):
+                raise ValueError(
+                    f"labels hold {wrong[0].item()}, which is no answer of num_labels={logits.shape[1]}. Expected 0 to "
+                    f"{logits.shape[1] - 1}, or -100 for a row without an answer."
+                )
         if soft:
             return soft_target_loss(logits, labels)
         return class_loss(logits, labels, self.config.label_smoothing)

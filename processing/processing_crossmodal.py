@@ -192,18 +192,17 @@ class CrossModalProcessor(ProcessorMixin):
             if has.any():
                 rows = np.flatnonzero(has)
                 items = [columns[modality["name"]][row] for row in rows]
-                index = None
+                index, shown = None, rows
                 if deduplicate and modality["type"] in ("vision", "video"):
-                    distinct = {id(item): item for item in items}
-                    if len(distinct) < len(items):
-                        places = {key: place for place, key in enumerate(distinct)}
-                        index = torch.tensor([places[id(item)] for item in items])
-                        items = list(distinct.values())
+                    places = {}
+                    index = torch.tensor([places.setdefault(id(item), len(places)) for item in items])
+                    firsts = [int((index == place).nonzero()[0]) for place in places.values()]
+                    items, shown = [items[first] for first in firsts], rows[firsts]
                 if modality["type"] == "audio":
-                    made = self._process_audio_rows(modality, items, rows, sampling_rate)
+                    made = self._process_audio_rows(modality, items, shown, sampling_rate)
                 else:
-                    made = getattr(self, f"_process_{modality['type']}_rows")(modality, items, rows)
-                if index is None:
+                    made = getattr(self, f"_process_{modality['type']}_rows")(modality, items, shown)
+                if index is None or len(shown) == len(rows):
                     made = {key: _spread(values, rows, count) for key, values in made.items()}
                 else:
                     made[f"{modality['values']}_index"] = _spread(index, rows, count)

@@ -13,8 +13,14 @@ _VISION = {
     "dinov2": {**_COLUMN, "image_size": 64, "patch_size": 16},
     "clip_vision_model": {**_COLUMN, "image_size": 64, "patch_size": 16},
     "siglip_vision_model": {**_COLUMN, "image_size": 64, "patch_size": 16},
-    "swin": {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [2, 2, 4],
-             "window_size": 4},
+    "swin": {
+        "image_size": 64,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [1, 1, 2],
+        "num_heads": [2, 2, 4],
+        "window_size": 4,
+    },
     "convnext": {"hidden_sizes": [8, 16, 32], "depths": [1, 1, 1], "num_stages": 3},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16, 32], "depths": [1, 1, 1], "layer_type": "basic"},
     "mobilenet_v2": {"depth_multiplier": 0.35},
@@ -22,8 +28,14 @@ _VISION = {
 _TEXTS = {
     "bert": _TEXT,
     "roberta": _TEXT,
-    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 60,
-                   "max_position_embeddings": 40},
+    "distilbert": {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 64,
+        "vocab_size": 60,
+        "max_position_embeddings": 40,
+    },
     "modernbert": {**_TEXT, **_IDS},
     "mpnet": _TEXT,
 }
@@ -66,3 +78,36 @@ def tiny_encoder(model_type, batch_size=2):
         arguments, key, shape = _AUDIO[model_type]
         batch = {key: torch.randn(batch_size, *shape, generator=generator)}
     return CONFIG_MAPPING[model_type](**arguments), kind, batch
+
+
+# Fusion of the tiny models.
+TINY = {"hidden_size": 16, "num_attention_heads": 2, "num_fusion_layers": 2, "intermediate_size": 32}
+# Encoder of each modality of the tiny models, in an order that is not alphabetical. `photo` has batch norm.
+_ENCODER_OF = {"vision": "vit", "text": "bert", "eeg": "crossmodal_features", "photo": "resnet"}
+
+
+def tiny_config(*names, **overrides):
+    """A tiny CrossModalConfig with the modalities named (any of vision, text, eeg, photo)."""
+    from crossmodal import CrossModalConfig
+
+    modalities = {name: tiny_encoder(_ENCODER_OF[name])[0] for name in names or ("vision", "text")}
+    return CrossModalConfig(modalities=modalities, **{**TINY, "num_labels": 5, **overrides})
+
+
+def tiny_batch(config, batch_size=4, seed=0):
+    """Inputs of every modality of a tiny config, under the keys of its forward; masks leave out the last two."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = {}
+    for name in config.modality_names:
+        values, mask = config.input_keys(name)
+        kind = config.modality_settings[name]["type"]
+        if kind == "vision":
+            batch[values] = torch.randn(batch_size, 3, 64, 64, generator=generator)
+        elif kind == "text":
+            batch[values] = torch.randint(5, 50, (batch_size, 7), generator=generator)
+        else:
+            batch[values] = torch.randn(batch_size, 9, 6, generator=generator)
+        if mask:
+            batch[mask] = torch.ones(batch[values].shape[:2], dtype=torch.long)
+            batch[mask][::2, -2:] = 0
+    return batch

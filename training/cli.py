@@ -140,16 +140,17 @@ def _load(source):
 
 
 def _print_table(title, rows):
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
     for label, row in rows.items():
-        table.add_row(label, *(f"{row[name]:.4f}" if name in row else "" for name in names))
+        table.add_row(label, *(f"{row[name]:.3f}" if name in row else "" for name in names))
     Console().print(table)
 
 

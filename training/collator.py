@@ -16,7 +16,8 @@ class SampleCollator:
         self.deduplicate = deduplicate
 
     def __call__(self, samples):
-        keys = dict.fromkeys(key for sample in samples for key in sample if key != "target")
+        # A model may read fewer modalities than the rows have.
+        keys = map(self.processor.argument_of, self.processor.modality_names)
         inputs = {key: [sample.get(key) for sample in samples] for key in keys}
         # Labels first: Trainer takes the length of the first tensor for the size of the batch.
         labels = {}

@@ -77,6 +77,7 @@ def load_rows(source, split):
         ValueError: if there is no such dataset or split, naming those there are.
     """
     import datasets
+    from datasets.inspect import SplitsNotFoundError
 
     path = Path(source)
     readers = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -101,7 +102,7 @@ def load_rows(source, split):
             f"the dataset {source!r} is neither a folder or file here nor a dataset of the Hub. Correct the name; for a "
             "private one log in with `hf auth login`."
         ) from error
-    except (ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
+    except (ConnectionError, datasets.exceptions.DatasetGenerationError, SplitsNotFoundError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"the dataset {source!r} cannot be read: {str(cause).splitlines()[0]}") from error
 

@@ -181,6 +181,8 @@ _DEFAULTS = {
     "logging_steps": 50,
     "lr_scheduler_type": "cosine",
     "report_to": "none",
+    # Else it follows the verbosity of the logs, which the command line turns down.
+    "disable_tqdm": False,
 }
 
 

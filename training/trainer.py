@@ -99,13 +99,14 @@ def last_whole_checkpoint(folder):
     Trainer writes `trainer_state.json` last: a checkpoint without a readable one was cut off while it was saved.
     """
     folder, broken = Path(folder), []
-    while folder.is_dir() and (path := get_last_checkpoint(str(folder))) is not None:
+    while folder.is_dir() and (name := get_last_checkpoint(str(folder))) is not None:
+        path = Path(name)
         try:
-            json.loads((Path(path) / "trainer_state.json").read_text())
+            json.loads((path / "trainer_state.json").read_text())
             return path, broken
         except (OSError, ValueError):
             shutil.rmtree(path)
-            broken.append(Path(path).name)
+            broken.append(path.name)
     return None, broken
 
 

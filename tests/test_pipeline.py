@@ -1,0 +1,132 @@
+"""From a folder back to answers: in this process, and in one that has never heard of this package."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForVisualQuestionAnswering
+from world import COLORS, picture, run_as_stranger, tiny_processor_and_model
+
+from crossmodal import CrossModalForVQA, CrossModalVQAPipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    processor, model = tiny_processor_and_model()
+    return CrossModalVQAPipeline(model=model, processor=processor, task="visual-question-answering")
+
+
+def test_one_question_gives_the_best_answers_first(pipe):
+    answers = pipe(picture(), "what color is this?", top_k=2)
+    assert [set(answer) for answer in answers] == [{"score", "answer"}] * 2
+    assert answers[0]["score"] >= answers[1]["score"] and answers[0]["answer"] in COLORS
+
+
+def test_more_answers_than_there_are_gives_all(pipe):
+    assert len(pipe(picture(), "what color is this?", top_k=50)) == len(COLORS)
+
+
+def test_batches_and_lists_give_what_single_questions_give(pipe):
+    questions = ["what color is this?", "which color does the picture have?", "what color is this?"]
+    images = [picture("red"), picture("blue"), picture("green")]
+    single = [pipe(i, q, return_modality_weights=True) for i, q in zip(images, questions, strict=True)]
+    for batch_size in (1, 2, 3):
+        batched = pipe(images, questions, return_modality_weights=True, batch_size=batch_size)
+        for one, other in zip(single, batched, strict=True):
+            assert [a["answer"] for a in one["answers"]] == [a["answer"] for a in other["answers"]]
+            assert one["answers"][0]["score"] == pytest.approx(other["answers"][0]["score"], abs=1e-5)
+            assert sum(other["modality_weights"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_one_image_serves_many_questions_and_one_question_many_images(pipe):
+    assert len(pipe(picture(), ["what color is this?", "which color?"])) == 2
+    assert len(pipe([picture(), picture("blue")], "what color is this?")) == 2
+
+
+def test_samples_may_lack_a_modality_differently_within_a_batch(pipe):
+    samples = [{"question": "what color is this?"}, {"image": picture()}, {"image": picture(), "question": "which?"}]
+    found = pipe(samples, batch_size=3, return_modality_weights=True)
+    assert found[0]["modality_weights"]["vision"] == 0 and found[1]["modality_weights"]["text"] == 0
+    alone = pipe(samples[0])
+    assert alone[0]["score"] == pytest.approx(found[0]["answers"][0]["score"], abs=1e-5)
+
+
+def test_generators_are_answered_one_by_one(pipe):
+    samples = ({"image": picture(color), "question": "what color is this?"} for color in COLORS)
+    assert len(list(pipe(samples))) == len(COLORS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"top_k": 0}, "at least 1"),
+        ({"topk": 3}, "no parameter of this pipeline"),
+        ({"question": ""}, "at least one word"),
+    ],
+)
+def test_wrong_arguments_are_clear(pipe, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        pipe(**{"image": picture(), "question": "what color is this?"} | arguments)
+
+
+def test_soft_target_models_give_independent_scores():
+    processor, model = tiny_processor_and_model(problem_type="multi_label_classification")
+    pipe = CrossModalVQAPipeline(model=model, processor=processor)
+    with torch.no_grad():
+        logits = model(**processor(images=picture(), text="which color?")).logits
+    assert pipe(picture(), "which color?", top_k=1)[0]["score"] == pytest.approx(logits.sigmoid().max().item(), abs=1e-5)
+
+
+_STRANGER = """
+import sys, json, torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForVisualQuestionAnswering, AutoProcessor, pipeline
+folder = sys.argv[1]
+reference = torch.load(folder + "/reference.pt")
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+batch = processor(images=[Image.open(folder + "/red.png"), None], text=["what color is this?", "which color?"])
+same_batch = all(torch.equal(batch[key], value) for key, value in reference["batch"].items())
+head = AutoModelForVisualQuestionAnswering.from_pretrained(folder, trust_remote_code=True).eval()
+base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    same_logits = torch.equal(head(**batch).logits, reference["logits"])
+    same_base = torch.equal(base(**batch).pooler_output, reference["pooled"])
+pipe = pipeline(model=folder, trust_remote_code=True)
+answers = pipe(folder + "/red.png", "what color is this?", top_k=3)
+# What was loaded can be saved and loaded again, still without the package.
+head.save_pretrained(folder + "/again")
+processor.save_pretrained(folder + "/again")
+again = pipeline(model=folder + "/again", trust_remote_code=True)(folder + "/red.png", "what color is this?", top_k=3)
+print(json.dumps([config.modality_names, same_batch, same_logits, same_base, answers, again]))
+"""
+
+
+def test_checkpoint_loads_in_a_clean_process_without_crossmodal_installed(tmp_path):
+    processor, model = tiny_processor_and_model()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    picture().save(folder / "red.png")
+    batch = processor(images=[picture(), None], text=["what color is this?", "which color?"])
+    with torch.no_grad():
+        reference = {
+            "batch": dict(batch),
+            "logits": model(**batch).logits,
+            "pooled": model.crossmodal(**batch).pooler_output,
+        }
+    torch.save(reference, folder / "reference.pt")
+    here = CrossModalVQAPipeline(model=model, processor=processor)(picture(), "what color is this?", top_k=3)
+    found = json.loads(run_as_stranger(_STRANGER, folder, cwd=tmp_path).splitlines()[-1])
+    names, same_batch, same_logits, same_base, answers, again = found
+    assert names == ["vision", "text"]
+    assert same_batch and same_logits and same_base
+    assert [a["answer"] for a in answers] == [a["answer"] for a in here] and again == answers
+    assert answers[0]["score"] == pytest.approx(here[0]["score"], abs=1e-6)
+
+
+def test_auto_classes_find_the_family_once_the_package_is_imported(tmp_path):
+    _, model = tiny_processor_and_model()
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoModelForVisualQuestionAnswering.from_pretrained(tmp_path), CrossModalForVQA)
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "CrossModalModel"

@@ -1,0 +1,212 @@
+"""The drawn world: truthful answers, balanced answers, splits that share nothing."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from crossmodal.training.shapes import (
+    COLORS,
+    IMAGE_SIZE,
+    KINDS,
+    SHAPES,
+    Question,
+    Thing,
+    draw_rows,
+    draw_scene,
+    questions_about,
+    sample_scene,
+    shapes_dataset,
+)
+
+
+ANSWERS = {
+    "exists": {"yes", "no"},
+    "color": set(COLORS),
+    "shape": set(SHAPES),
+    "count": set("01234"),
+    "relation": {"yes", "no"},
+    "comparison": {"yes", "no"},
+}
+
+
+@pytest.fixture(scope="module")
+def train():
+    return draw_rows(1000)
+
+
+@pytest.fixture(scope="module")
+def test():
+    return draw_rows(300, split="test")
+
+
+def count_answers(rows, key):
+    counts = defaultdict(Counter)
+    for row in rows:
+        counts[key(row)][row["answer"]] += 1
+    return counts
+
+
+def test_rows_hold_an_image_and_a_question_per_kind(train):
+    for row in train[:100]:
+        assert row.keys() == {"image", "image_id", "question", "answer", "kind"}
+        assert row["image"].mode == "RGB"
+        assert row["image"].size == (IMAGE_SIZE, IMAGE_SIZE)
+        assert row["question"].endswith("?")
+    kinds_per_image = Counter((row["image_id"], row["kind"]) for row in train)
+    assert max(kinds_per_image.values()) == 1
+    assert {row["image_id"] for row in train} == set(range(1000))
+
+
+def test_same_seed_repeats_the_rows_and_another_does_not():
+    first, again, other = draw_rows(5), draw_rows(5), draw_rows(5, seed=1)
+    assert first == again
+    assert first[0]["image"].tobytes() != other[0]["image"].tobytes()
+
+
+def test_more_images_only_add_rows(train):
+    assert draw_rows(5) == train[: len(draw_rows(5))]
+
+
+def test_no_image_is_in_two_splits(train, test):
+    splits = [train, test, draw_rows(300, split="validation")]
+    images = [{hash(row["image"].tobytes()) for row in rows} for rows in splits]
+    assert len(set.union(*images)) == sum(map(len, images)) == 1600
+
+
+def test_every_kind_has_all_its_answers_equally_often(train):
+    counts = count_answers(train, key=lambda row: row["kind"])
+    assert counts.keys() == set(KINDS)
+    for kind, answers in counts.items():
+        assert answers.keys() == ANSWERS[kind]
+        assert max(answers.values()) <= 1.1 * min(answers.values()), (kind, answers)
+
+
+def test_question_text_alone_predicts_little_beyond_chance(train, test):
+    """The best answer to a question's text in training, or else to its kind, is hardly better than a guess."""
+    by_text = count_answers(train, key=lambda row: row["question"])
+    by_kind = count_answers(train, key=lambda row: row["kind"])
+    right = defaultdict(list)
+    for row in test:
+        counts = by_text.get(row["question"]) or by_kind[row["kind"]]
+        right[row["kind"]].append(counts.most_common(1)[0][0] == row["answer"])
+    for kind, hits in right.items():
+        assert np.mean(hits) < 1 / len(ANSWERS[kind]) + 0.15, (kind, np.mean(hits))
+    overall = np.mean(sum(right.values(), []))
+    assert overall < 0.5, overall
+
+
+def test_wording_does_not_tell_the_answer(train):
+    for opening, answers in count_answers(train, key=lambda row: row["question"].split()[:2].__str__()).items():
+        if answers.keys() == {"yes", "no"}:
+            share = answers["yes"] / answers.total()
+            assert 0.4 < share < 0.6, (opening, share)
+
+
+def test_kinds_are_equally_frequent_where_fewer_are_asked():
+    kinds = Counter(row["kind"] for row in draw_rows(300, questions_per_image=1))
+    assert kinds.total() == 300
+    assert max(kinds.values()) - min(kinds.values()) <= 5, kinds
+
+
+def test_things_lie_apart_and_inside_the_image():
+    rng = np.random.default_rng(0)
+    sizes = Counter()
+    for _ in range(200):
+        scene = sample_scene(rng)
+        sizes[len(scene)] += 1
+        for i, a in enumerate(scene):
+            assert a.radius <= min(a.x, a.y, IMAGE_SIZE - a.x, IMAGE_SIZE - a.y)
+            assert all(np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius for b in scene[:i])
+    assert sizes.keys() == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("color", COLORS)
+def test_a_thing_is_painted_in_its_color_at_its_place_on_light_paper(shape, color):
+    image = np.asarray(draw_scene([Thing(shape, color, 20.0, 44.0, 9.0)], np.random.default_rng(0)), dtype=int)
+    distance = {name: np.abs(image[44, 20] - value).max() for name, value in COLORS.items()}
+    assert min(distance, key=distance.get) == color, distance
+    assert image[20, 44].min() > 230
+    inked = (image.min(axis=-1) < 200).sum()
+    assert 100 < inked < np.pi * 9.5**2, inked
+
+
+# A red circle left of two blue squares, one above the other.
+SCENE = [
+    Thing("circle", "red", 15.0, 30.0, 8.0),
+    Thing("square", "blue", 45.0, 15.0, 8.0),
+    Thing("square", "blue", 45.0, 45.0, 8.0),
+    Thing("star", "red", 20.0, 55.0, 8.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "answer"),
+    [
+        ("exists", ("red circle",), "yes"),
+        ("exists", ("blue circle",), "no"),
+        ("exists", ("green shape",), "no"),
+        ("exists", ("square",), "yes"),
+        ("count", ("square",), "2"),
+        ("count", ("red shape",), "2"),
+        ("count", ("triangle",), "0"),
+        ("relation", ("red circle", "above", "red star"), "yes"),
+        ("relation", ("red circle", "below", "red star"), "no"),
+        ("relation", ("star", "below", "circle"), "yes"),
+        ("comparison", ("square", "circle"), "yes"),
+        ("comparison", ("circle", "square"), "no"),
+        ("comparison", ("red shape", "green shape"), "yes"),
+    ],
+)
+def test_questions_have_their_true_answer(kind, words, answer):
+    answers = {(q.kind, q.words): q.answer for q in questions_about(SCENE)}
+    assert answers[kind, words] == answer
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "why"),
+    [
+        ("color", ("square",), "two squares"),
+        ("color", ("triangle",), "no triangle"),
+        ("color", ("circle",), "all single shapes are red: the picture alone would tell"),
+        ("shape", ("red",), "two red things"),
+        ("relation", ("circle", "left of", "square"), "two squares"),
+        ("relation", ("circle", "left of", "star"), "nearly the same column"),
+        ("comparison", ("red shape", "blue shape"), "a tie"),
+    ],
+)
+def test_questions_without_one_clear_answer_are_not_asked(kind, words, why):
+    assert (kind, words) not in {(q.kind, q.words) for q in questions_about(SCENE)}, why
+
+
+def test_color_and_shape_are_asked_of_things_that_differ():
+    scene = [Thing("circle", "red", 15.0, 30.0, 8.0), Thing("star", "blue", 45.0, 30.0, 8.0)]
+    asked = {q for q in questions_about(scene) if q.kind in ("color", "shape")}
+    assert asked == {
+        Question("color", "shape", ("circle",), "red"),
+        Question("color", "shape", ("star",), "blue"),
+        Question("shape", "color", ("red",), "circle"),
+        Question("shape", "color", ("blue",), "star"),
+    }
+
+
+def test_dataset_has_the_columns_of_a_hub_vqa_set_and_the_pixels_of_the_rows():
+    rows, dataset = draw_rows(3, split="validation", seed=4), shapes_dataset(3, split="validation", seed=4)
+    assert dataset.column_names == ["image", "image_id", "question", "answer", "kind"]
+    assert len(dataset) == len(rows)
+    for row, stored in zip(rows, dataset, strict=True):
+        assert stored["image"].tobytes() == row["image"].tobytes()
+        assert {**stored, "image": None} == {**row, "image": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_images": 1, "split": "dev"}, "split='dev' is unknown"),
+        ({"num_images": 0}, "num_images=0"),
+        ({"num_images": 1, "questions_per_image": 7}, "questions_per_image=7"),
+    ],
+)
+def test_bad_arguments_are_named_with_what_is_expected(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw_rows(**arguments)

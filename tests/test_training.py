@@ -1,0 +1,220 @@
+"""Training runs: they learn, end in a whole Hub folder, resume after a kill, and refuse what does not fit."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainingArguments
+from world import TINY_RECIPE, color_rows, tiny_processor_and_model
+
+from crossmodal import CrossModalForVQA, CrossModalTrainer
+from crossmodal.training.collator import SampleCollator
+from crossmodal.training.datasets import RowDataset
+from crossmodal.training.evaluate import evaluate
+from crossmodal.training.publish import export_folder
+from crossmodal.training.recipes import Recipe
+from crossmodal.training.tasks import VQATask
+from crossmodal.training.train import train
+from crossmodal.training.trainer import last_whole_checkpoint
+
+
+def recipe(folder, **changes):
+    values = copy.deepcopy(TINY_RECIPE) | {"dataset": "rows", "output_dir": str(folder), "name": "tiny"}
+    values["training"] |= changes.pop("training", {})
+    return Recipe(**values | changes)
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    lines = []
+    result = train(recipe(folder, training={"num_train_epochs": 6}, rows_per_image=2), color_rows(48), color_rows(12), write=lines.append)
+    return folder, result, lines
+
+
+def test_a_run_learns_and_beats_the_most_common_answer(trained):
+    _, result, lines = trained
+    assert result["metrics"]["accuracy"] == 1.0 > result["majority"]["accuracy"]
+    assert any("48 training and 12 evaluation rows, 3 labels" in line for line in lines)
+
+
+def test_the_output_folder_is_a_whole_hub_repo(trained):
+    folder, result, _ = trained
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "README.md"} <= names
+    assert {"modeling_crossmodal.py", "processing_crossmodal.py", "pipeline_crossmodal.py", "recipe.yaml"} <= names
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: visual-question-answering" in card and "model-index" in card
+    assert json.loads((folder / "eval_results.json").read_text())["metrics"] == result["metrics"]
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".md", ".yaml", ".py"):
+            assert str(folder) not in path.read_text(), f"{path.name} tells where it was made"
+
+
+def test_the_saved_model_scores_what_the_run_reported(trained):
+    folder, result, _ = trained
+    from crossmodal import CrossModalProcessor
+
+    model, processor = CrossModalForVQA.from_pretrained(folder), CrossModalProcessor.from_pretrained(folder)
+    assert evaluate(model, processor, color_rows(12), "validation", progress=False)["accuracy"] == result["metrics"]["accuracy"]
+
+
+def test_the_log_shows_the_modality_weights(trained):
+    _, result, _ = trained
+    logged = [entry for entry in result["log"] if "weight_vision" in entry] or [{}]
+    assert logged[0].get("weight_vision", 0) + logged[0].get("weight_text", 0) == pytest.approx(1, abs=1e-3) or not logged[0]
+
+
+def test_trainer_divides_the_loss_by_accumulation_steps(tmp_path):
+    """transformers takes a forward with **kwargs for one that divides by itself: 4 steps would give 4 times the loss."""
+    processor, model = tiny_processor_and_model()
+    task = VQATask.from_config(model.config)
+    samples = RowDataset(color_rows(16), "vqa")
+    losses = []
+    for size, steps in ((16, 1), (4, 4)):
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
+            learning_rate=0.0, logging_steps=1, remove_unused_columns=False, use_cpu=True, disable_tqdm=True,
+            save_strategy="no", report_to="none",
+        )  # fmt: skip
+        trainer = CrossModalTrainer(
+            model=copy.deepcopy(model), args=arguments, train_dataset=samples,
+            data_collator=SampleCollator(processor, task.encode_targets),
+        )  # fmt: skip
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_learning_rates_follow_the_component(tmp_path):
+    processor, model = tiny_processor_and_model()
+    arguments = TrainingArguments(str(tmp_path), learning_rate=1e-3, weight_decay=0.1, use_cpu=True, report_to="none")
+    trainer = CrossModalTrainer(model=model, args=arguments, learning_rates={"vision": 1e-5, "head": 1e-2})
+    rates = {}
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            rates[id(parameter)] = group["lr"]
+    for name, parameter in model.named_parameters():
+        expected = 1e-5 if ".encoders.vision." in name else 1e-2 if name.startswith("classifier") else 1e-3
+        assert rates[id(parameter)] == expected, name
+    with pytest.raises(ValueError, match="'audio'. Expected any of"):
+        CrossModalTrainer(model=model, args=arguments, learning_rates={"audio": 1})
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    weights = []
+    for name in ("one", "two"):
+        result = train(recipe(tmp_path / name, training={"num_train_epochs": 1}), color_rows(16), color_rows(6), write=quiet, export=False)
+        weights.append(result["model"].state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(tmp_path):
+    result = train(
+        recipe(tmp_path, training={"num_train_epochs": 20, "learning_rate": 0.0}, early_stopping_patience=2),
+        color_rows(8), color_rows(6), write=quiet, export=False,
+    )  # fmt: skip
+    assert result["epochs"] <= 4
+
+
+def test_an_output_folder_of_another_run_is_refused(tmp_path, trained):
+    train(recipe(tmp_path, training={"num_train_epochs": 1}), color_rows(8), color_rows(6), write=quiet, export=False)
+    with pytest.raises(ValueError, match="holds a run with another seed"):
+        train(recipe(tmp_path, seed=7, training={"num_train_epochs": 1}), color_rows(8), color_rows(6), write=quiet)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        train(recipe(file), color_rows(8), color_rows(6), write=quiet)
+
+
+def test_answers_outside_the_vocabulary_are_refused_before_training(tmp_path):
+    rows = color_rows(12)
+    with pytest.raises(ValueError, match="outside the model's 2 answers"):
+        train(recipe(tmp_path), rows.filter(lambda row: row["answer"] != "blue"), rows, write=quiet)
+
+
+def test_a_full_disk_leaves_no_half_written_model(tmp_path, monkeypatch):
+    processor, model = tiny_processor_and_model()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(processor, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_folder(model, processor, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_replaces_the_config_last(tmp_path, monkeypatch):
+    processor, model = tiny_processor_and_model()
+    export_folder(model, processor, tmp_path)
+    moved, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), real(a, b)))
+    export_folder(model, processor, tmp_path)
+    assert moved[-1] == "config.json" and "model.safetensors" in moved
+
+
+def test_a_checkpoint_cut_off_while_saved_is_ignored(tmp_path):
+    for step, state in ((2, "{}"), (4, '{"epo'), (6, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    path, broken = last_whole_checkpoint(tmp_path)
+    assert path.name == "checkpoint-2" and broken == ["checkpoint-6", "checkpoint-4"]
+
+
+_KILLED = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_training import recipe
+from world import color_rows
+from crossmodal.training.train import train
+result = train(recipe(sys.argv[1], training=dict(num_train_epochs=4, save_total_limit=None)), color_rows(24), color_rows(6), write=print)
+"""
+
+
+def test_a_run_killed_by_the_system_goes_on_and_ends_as_if_undisturbed(tmp_path):
+    code = [sys.executable, "-c", _KILLED, str(tmp_path / "killed"), str(Path(__file__).parent)]
+    # As many threads as here: sums in another order are other sums.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(code, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    checkpoints, deadline = tmp_path / "killed" / "checkpoints", time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if last_whole_checkpoint_exists(checkpoints):
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # What a kill in the middle of the next save leaves: weights without the state that is written last.
+    newest = max(int(p.name.split("-")[1]) for p in checkpoints.glob("checkpoint-*"))
+    (checkpoints / f"checkpoint-{newest + 3}").mkdir()
+    (checkpoints / f"checkpoint-{newest + 3}" / "model.safetensors").write_bytes(b"half")
+    lines, settings = [], {"num_train_epochs": 4, "save_total_limit": None}
+    resumed = train(recipe(tmp_path / "killed", training=settings), color_rows(24), color_rows(6), write=lines.append)
+    assert any("was cut off while it was saved: ignored" in line for line in lines)
+    assert any(line.startswith("resuming from checkpoint-") for line in lines)
+    whole = train(recipe(tmp_path / "whole", training=settings), color_rows(24), color_rows(6), write=quiet)
+    for (name, a), b in zip(resumed["model"].state_dict().items(), whole["model"].state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def last_whole_checkpoint_exists(folder):
+    """Whether a checkpoint is whole, without touching those that are being written."""
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            json.loads(path.read_text())
+            return True
+        except ValueError:
+            continue
+    return False

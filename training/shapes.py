@@ -1,0 +1,251 @@
+"""A drawn world that a small model learns in minutes: colored shapes on paper and balanced questions on them.
+
+Every kind of question has its answers in equal numbers, and so has every wording as far as scenes allow. A
+model that reads only the question stays near 1 / (answers of that kind): what it scores above, it has seen.
+"""
+
+import io
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import permutations, product
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+KINDS = ("exists", "color", "shape", "count", "relation", "comparison")
+SPLITS = ("train", "validation", "test")
+SHAPES = ("circle", "square", "triangle", "star")
+COLORS = {
+    "red": (222, 56, 49),
+    "green": (52, 168, 83),
+    "blue": (44, 104, 222),
+    "yellow": (247, 201, 32),
+    "purple": (146, 70, 186),
+}
+IMAGE_SIZE = 64
+
+_SUPERSAMPLING = 4
+_THINGS = (0.05, 0.1, 0.15, 0.35, 0.35)  # probability of 1, 2, ... of them
+_MAX_COUNT = 4
+_RADII = (7.5, 10.5)  # of the circle around a thing
+_GAP = 1.5  # least distance between the circles around two things
+_PATIENCE = 100  # misses before places are drawn anew
+_MARGIN = 10.0  # least distance between two centres along the axis that a relation names
+
+# Relative to the circle around a thing, y pointing down, and of about the same area.
+_CIRCLE_RADIUS = 0.82
+_CORNERS = {
+    "square": ((-0.71, -0.71), (0.71, -0.71), (0.71, 0.71), (-0.71, 0.71)),
+    "triangle": ((0.0, -1.05), (1.0, 0.68), (-1.0, 0.68)),
+    "star": tuple(
+        (radius * math.sin(math.pi * i / 5), -radius * math.cos(math.pi * i / 5))
+        for i, radius in enumerate((1.12, 0.5) * 5)
+    ),
+}
+
+# What a question may call a thing, from each of which its phrases are drawn evenly.
+_PHRASES = {
+    "shape": SHAPES,
+    "color": tuple(f"{color} shape" for color in COLORS),
+    "both": tuple(f"{color} {shape}" for color, shape in product(COLORS, SHAPES)),
+}
+# Axis, and sign along it of the way from the first thing to the second.
+_RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
+_TEMPLATES = {
+    "exists": ("is there a {0}?", "can you see a {0}?", "does the picture show a {0}?"),
+    "color": ("what color is the {0}?", "what is the color of the {0}?", "which color does the {0} have?"),
+    "shape": ("what shape is the {0} thing?", "what is the shape of the {0} thing?", "which shape is {0}?"),
+    "count": ("how many {0}s are there?", "how many {0}s can you see?", "what is the number of {0}s?"),
+    "relation": ("is the {0} {1} the {2}?", "do you see the {0} {1} the {2}?"),
+    "comparison": ("are there more {0}s than {1}s?", "do you see more {0}s than {1}s?"),
+}
+
+
+class Thing(NamedTuple):
+    """One shape of a scene, its place in pixels from the top left corner."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    radius: float
+
+
+class Question(NamedTuple):
+    """A question before its wording: `naming` is what it names things by, `words` fill a template."""
+
+    kind: str
+    naming: str
+    words: tuple[str, ...]
+    answer: str
+
+
+def sample_scene(rng: np.random.Generator) -> list[Thing]:
+    """Draw one to five things, apart from each other."""
+    number = 1 + rng.choice(len(_THINGS), p=_THINGS)
+    shapes = _sample_values(rng, SHAPES, number)
+    colors = _sample_values(rng, tuple(COLORS), number)
+    places = _sample_places(rng, number)
+    return [Thing(shape, color, *place) for shape, color, place in zip(shapes, colors, places, strict=True)]
+
+
+def _sample_values(rng: np.random.Generator, values: tuple[str, ...], number: int) -> list[str]:
+    """One to four times a random value, others in turn: independent draws hold few fours and few singles."""
+    alike = rng.integers(1, min(number, _MAX_COUNT) + 1)
+    first, *others = rng.permutation(len(values))
+    indices = np.append(np.repeat(first, alike), np.resize(others, number - alike))
+    return [values[i] for i in rng.permutation(indices)]
+
+
+def _sample_places(rng: np.random.Generator, number: int) -> list[tuple[float, float, float]]:
+    """Random (x, y, radius) whose circles lie apart and inside the image."""
+    places = []
+    misses = 0
+    while len(places) < number:
+        radius = rng.uniform(*_RADII)
+        x, y = rng.uniform(radius + 1, IMAGE_SIZE - 1 - radius, size=2).tolist()
+        if all(math.hypot(x - x2, y - y2) >= radius + radius2 + _GAP for x2, y2, radius2 in places):
+            places.append((x, y, radius))
+        elif (misses := misses + 1) % _PATIENCE == 0:
+            places.clear()  # no room may be left among these
+    return places
+
+
+def draw_scene(scene: list[Thing], rng: np.random.Generator) -> Image.Image:
+    """Paint a scene as an anti-aliased RGB image; `rng` shades the paper and the colors a little."""
+
+    def shade(color: tuple[int, ...], spread: int) -> tuple[int, ...]:
+        return tuple(np.clip(np.add(color, rng.integers(-spread, spread + 1, size=3)), 0, 255).tolist())
+
+    side = IMAGE_SIZE * _SUPERSAMPLING
+    canvas = Image.new("RGB", (side, side), shade((245, 245, 245), spread=8))
+    pen = ImageDraw.Draw(canvas)
+    for thing in scene:
+        x, y, radius = (_SUPERSAMPLING * value for value in (thing.x, thing.y, thing.radius))
+        fill = shade(COLORS[thing.color], spread=14)
+        if thing.shape == "circle":
+            pen.circle((x, y), radius * _CIRCLE_RADIUS, fill=fill)
+        else:
+            pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _CORNERS[thing.shape]], fill=fill)
+    return canvas.reduce(_SUPERSAMPLING)
+
+
+def questions_about(scene: list[Thing]) -> Iterator[Question]:
+    """Every question with one clear answer in this scene: no ties, near misses or ambiguous referents."""
+    called = defaultdict(list)
+    for thing in scene:
+        for phrase in (thing.shape, f"{thing.color} shape", f"{thing.color} {thing.shape}"):
+            called[phrase].append(thing)
+    count = Counter({phrase: len(things) for phrase, things in called.items()})
+    unique = {phrase: things[0] for phrase, things in called.items() if len(things) == 1}
+
+    colors = [Question("color", "shape", (word,), unique[word].color) for word in SHAPES if word in unique]
+    shapes = [
+        Question("shape", "color", (color,), unique[f"{color} shape"].shape)
+        for color in COLORS
+        if f"{color} shape" in unique
+    ]
+    for questions in (colors, shapes):
+        if len({question.answer for question in questions}) > 1:  # else the picture alone would tell
+            yield from questions
+
+    for naming, phrases in _PHRASES.items():
+        for phrase in phrases:
+            yield Question("exists", naming, (phrase,), _yes_no(count[phrase] > 0))
+            if naming != "both":
+                yield Question("count", naming, (phrase,), str(count[phrase]))
+        for a, b in permutations(phrases, 2):
+            if naming != "both" and count[a] != count[b]:
+                yield Question("comparison", naming, (a, b), _yes_no(count[a] > count[b]))
+            if a in unique and b in unique:
+                way = (unique[b].x - unique[a].x, unique[b].y - unique[a].y)
+                for relation, (axis, sign) in _RELATIONS.items():
+                    if abs(way[axis]) >= _MARGIN:
+                        yield Question("relation", naming, (a, relation, b), _yes_no(sign * way[axis] > 0))
+
+
+def _yes_no(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def _least_asked(questions: list[Question], asked: Counter, rng: np.random.Generator) -> Question:
+    """The question whose answer was given least, first overall, then for its words; else a random one."""
+    order = rng.permutation(len(questions))
+    return min((questions[i] for i in order), key=lambda question: [asked[key] for key in _tallies(question)])
+
+
+def _tallies(question: Question) -> tuple[tuple, ...]:
+    kind, naming, words, answer = question
+    return (kind, answer), (kind, naming, answer), (kind, words, answer)
+
+
+def draw_rows(
+    num_images: int, questions_per_image: int = len(KINDS), split: str = "train", seed: int = 0
+) -> list[dict]:
+    """Draw images with questions of different kinds; the same arguments give the same rows.
+
+    Args:
+        num_images: how many images to draw. Splits never share one, whatever their sizes.
+        questions_per_image: at most this many questions on an image, each of another kind (fewer where a
+            scene allows fewer: one thing alone has no relation).
+        split: "train", "validation" or "test".
+        seed: another seed draws another world.
+
+    Returns:
+        Rows with `image` (RGB, 64 x 64, shared by its rows), `image_id`, `question`, `answer` and `kind`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown. Expected one of {SPLITS}. Correct the name.")
+    if num_images < 1 or not 1 <= questions_per_image <= len(KINDS):
+        raise ValueError(
+            f"Got num_images={num_images}, questions_per_image={questions_per_image}. Expected at least one "
+            f"image, and 1 to {len(KINDS)} questions on it, each of another kind. Correct the number."
+        )
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split),)))
+    asked = Counter()
+    rows = []
+    for image_id in range(num_images):
+        scene = sample_scene(rng)
+        image = draw_scene(scene, rng)
+        by_kind = defaultdict(list)
+        for question in questions_about(scene):
+            by_kind[question.kind].append(question)
+        kinds = sorted(by_kind, key=lambda kind: (asked[kind], rng.random()))
+        for kind in kinds[:questions_per_image]:
+            question = _least_asked(by_kind[kind], asked, rng)
+            asked.update((kind, *_tallies(question)))
+            text = rng.choice(_TEMPLATES[kind]).format(*question.words)
+            row = {"image": image, "image_id": image_id, "question": text, "answer": question.answer}
+            rows.append(row | {"kind": kind})
+    return rows
+
+
+def shapes_dataset(
+    num_images: int, split: str = "train", seed: int = 0, questions_per_image: int = len(KINDS)
+) -> "Dataset":
+    """The rows of `draw_rows` as a `datasets.Dataset`, with the columns that a VQA set from the Hub has."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    rows = draw_rows(num_images, questions_per_image, split=split, seed=seed)
+    images = {row["image_id"]: row["image"] for row in rows}
+    files = {image_id: _png(image) for image_id, image in images.items()}
+    text = Value("string")
+    features = Features(
+        {"image": ImageFeature(), "image_id": Value("int64"), "question": text, "answer": text, "kind": text}
+    )
+    columns = {name: [row[name] for row in rows] for name in features}
+    columns["image"] = [{"bytes": files[image_id], "path": None} for image_id in columns["image_id"]]
+    return Dataset.from_dict(columns, features=features)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
