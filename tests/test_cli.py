@@ -5,9 +5,8 @@ import sys
 
 import pytest
 import yaml
-from world import TINY_RECIPE, color_rows, picture
-
 from crossmodal.training import cli
+from world import TINY_RECIPE, color_rows, picture
 
 
 @pytest.fixture(scope="module")

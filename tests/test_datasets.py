@@ -3,13 +3,12 @@
 import datasets
 import pytest
 import torch
-from PIL import Image
-from world import color_rows, picture
-
 from crossmodal.training.collator import SampleCollator
 from crossmodal.training.datasets import GroupedSampler, RowDataset, find_adapter, load_rows, permute_boxes
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.tasks import VQATask
+from PIL import Image
+from world import color_rows, picture
 
 
 ANNOTATED = ["2", "two", "2", "three", "2", "2.", "4", "two", "two", "a cat"]

@@ -11,10 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainingArguments
-from world import TINY_RECIPE, color_rows, tiny_processor_and_model
-
-from crossmodal import CrossModalForVQA, CrossModalTrainer
 from crossmodal.training.collator import SampleCollator
 from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
@@ -23,6 +19,10 @@ from crossmodal.training.recipes import Recipe
 from crossmodal.training.tasks import VQATask
 from crossmodal.training.train import train
 from crossmodal.training.trainer import last_whole_checkpoint
+from transformers import TrainingArguments
+from world import TINY_RECIPE, color_rows, tiny_processor_and_model
+
+from crossmodal import CrossModalForVQA, CrossModalTrainer
 
 
 def recipe(folder, **changes):

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import numpy as np
+from crossmodal.training.train import train_tokenizer
 from PIL import Image
 from transformers import BertConfig, ViTConfig, ViTImageProcessorPil
 
 from crossmodal import CrossModalConfig, CrossModalForVQA, CrossModalProcessor
-from crossmodal.training.train import train_tokenizer
 
 
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 60, 220)}
