@@ -117,4 +117,3 @@ def _is_image(value):
         return True
     items = value if isinstance(value, list | tuple) else []
     return bool(items) and _is_image(items[0])
-

@@ -18,7 +18,9 @@ def vqa_v2_rows(as_dicts):
     """Two rows in the schema of VQA v2 on the Hub, whose answers are strings or dicts."""
     answers = [ANNOTATED, ["yes"] * 10]
     if as_dicts:
-        answers = [[{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(row)] for row in answers]
+        answers = [
+            [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(row)] for row in answers
+        ]
     columns = {
         "question_type": ["how many", "is"],
         "multiple_choice_answer": ["2", "yes"],
@@ -78,7 +80,12 @@ def test_scores_agree_with_hand_worked_cases():
 
 def test_boolean_labels_of_nlvr_are_answers():
     rows = datasets.Dataset.from_dict(
-        {"image": [Image.new("RGB", (320, 100))] * 2, "sentence": ["a", "b"], "label": [True, False], "identifier": ["1-0", "2-0"]}
+        {
+            "image": [Image.new("RGB", (320, 100))] * 2,
+            "sentence": ["a", "b"],
+            "label": [True, False],
+            "identifier": ["1-0", "2-0"],
+        }
     ).cast_column("image", datasets.Image())
     assert RowDataset(rows, "vqa").targets == ["true", "false"]
 
@@ -166,7 +173,9 @@ def test_recipes_of_the_package_are_whole(name):
 
 
 def test_overrides_reach_nested_keys_and_arguments_of_training():
-    recipe = Recipe.load("vqa_easy", ["num_train_epochs=2", "training.learning_rate=1e-4", "model.config.hidden_size=64"])
+    recipe = Recipe.load(
+        "vqa_easy", ["num_train_epochs=2", "training.learning_rate=1e-4", "model.config.hidden_size=64"]
+    )
     assert recipe.training["num_train_epochs"] == 2 and float(recipe.training["learning_rate"]) == 1e-4
     assert recipe.model["config"]["hidden_size"] == 64
 

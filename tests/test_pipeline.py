@@ -74,7 +74,9 @@ def test_soft_target_models_give_independent_scores():
     pipe = CrossModalVQAPipeline(model=model, processor=processor)
     with torch.no_grad():
         logits = model(**processor(images=picture(), text="which color?")).logits
-    assert pipe(picture(), "which color?", top_k=1)[0]["score"] == pytest.approx(logits.sigmoid().max().item(), abs=1e-5)
+    assert pipe(picture(), "which color?", top_k=1)[0]["score"] == pytest.approx(
+        logits.sigmoid().max().item(), abs=1e-5
+    )
 
 
 _STRANGER = """

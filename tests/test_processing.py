@@ -40,7 +40,9 @@ def test_every_form_of_the_same_image_gives_the_same_pixels(processor, tmp_path)
 
 def test_rows_that_lack_a_modality_are_marked_in_the_order_of_the_config(processor):
     batch = processor(
-        images=[picture(), None, None], text=["what color is this?", "which color?", None], eeg=[None, None, noise(4, 6)]
+        images=[picture(), None, None],
+        text=["what color is this?", "which color?", None],
+        eeg=[None, None, noise(4, 6)],
     )
     assert batch["modality_mask"].tolist() == [[True, True, False], [False, True, False], [False, False, True]]
     assert batch["pixel_values"].shape == (3, 3, 32, 32) and not batch["pixel_values"][1:].any()
@@ -135,7 +137,9 @@ def test_sound_is_extracted_with_a_mask_of_its_own(kind):
     tokenizer = tiny_processor_and_model()[0].tokenizer
     processor = CrossModalProcessor(feature_extractor=extractor, tokenizer=tokenizer)
     batch = processor(
-        audio=[noise(8000), {"array": noise(4000), "sampling_rate": 16000}], text=["which color?"] * 2, sampling_rate=16000
+        audio=[noise(8000), {"array": noise(4000), "sampling_rate": 16000}],
+        text=["which color?"] * 2,
+        sampling_rate=16000,
     )
     values = next(key for key in ("input_values", "input_features") if key in batch)
     assert len(batch[values]) == len(batch["input_ids"]) == 2

@@ -39,7 +39,12 @@ def quiet(line):
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     lines = []
-    result = train(recipe(folder, training={"num_train_epochs": 6}, rows_per_image=2), color_rows(48), color_rows(12), write=lines.append)
+    result = train(
+        recipe(folder, training={"num_train_epochs": 6}, rows_per_image=2),
+        color_rows(48),
+        color_rows(12),
+        write=lines.append,
+    )
     return folder, result, lines
 
 
@@ -67,13 +72,19 @@ def test_the_saved_model_scores_what_the_run_reported(trained):
     from crossmodal import CrossModalProcessor
 
     model, processor = CrossModalForVQA.from_pretrained(folder), CrossModalProcessor.from_pretrained(folder)
-    assert evaluate(model, processor, color_rows(12), "validation", progress=False)["accuracy"] == result["metrics"]["accuracy"]
+    assert (
+        evaluate(model, processor, color_rows(12), "validation", progress=False)["accuracy"]
+        == result["metrics"]["accuracy"]
+    )
 
 
 def test_the_log_shows_the_modality_weights(trained):
     _, result, _ = trained
     logged = [entry for entry in result["log"] if "weight_vision" in entry] or [{}]
-    assert logged[0].get("weight_vision", 0) + logged[0].get("weight_text", 0) == pytest.approx(1, abs=1e-3) or not logged[0]
+    assert (
+        logged[0].get("weight_vision", 0) + logged[0].get("weight_text", 0) == pytest.approx(1, abs=1e-3)
+        or not logged[0]
+    )
 
 
 def test_trainer_divides_the_loss_by_accumulation_steps(tmp_path):
@@ -115,7 +126,13 @@ def test_learning_rates_follow_the_component(tmp_path):
 def test_the_same_seed_gives_the_same_weights(tmp_path):
     weights = []
     for name in ("one", "two"):
-        result = train(recipe(tmp_path / name, training={"num_train_epochs": 1}), color_rows(16), color_rows(6), write=quiet, export=False)
+        result = train(
+            recipe(tmp_path / name, training={"num_train_epochs": 1}),
+            color_rows(16),
+            color_rows(6),
+            write=quiet,
+            export=False,
+        )
         weights.append(result["model"].state_dict())
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
