@@ -696,6 +696,21 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
             return soft_target_loss(logits, labels)
         return class_loss(logits, labels, self.config.label_smoothing)
 
+    def resize_answers(self, id2label):
+        """Gives the model another answer vocabulary in place. Answers that it knew keep what was learnt of them."""
+        known = {label: index for index, label in self.config.id2label.items()}
+        old = self.classifier.out_proj
+        new = nn.Linear(old.in_features, len(id2label), device=old.weight.device, dtype=old.weight.dtype)
+        self._init_weights(new)
+        with torch.no_grad():
+            for index, label in id2label.items():
+                if label in known:
+                    new.weight[index] = old.weight[known[label]]
+                    new.bias[index] = old.bias[known[label]]
+        self.classifier.out_proj = new
+        self.config.id2label = dict(id2label)
+        self.config.label2id = {label: index for index, label in id2label.items()}
+
 
 CrossModalModel.register_for_auto_class("AutoModel")
 CrossModalForVQA.register_for_auto_class("AutoModelForVisualQuestionAnswering")

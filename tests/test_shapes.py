@@ -23,7 +23,7 @@ ANSWERS = {
     "exists": {"yes", "no"},
     "color": set(COLORS),
     "shape": set(SHAPES),
-    "count": set("01234"),
+    "count": set("0123"),
     "relation": {"yes", "no"},
     "comparison": {"yes", "no"},
 }
@@ -82,7 +82,7 @@ def test_every_kind_has_all_its_answers_equally_often(train):
 
 
 def test_question_text_alone_predicts_little_beyond_chance(train, test):
-    """The best answer to a question's text in training, or else to its kind, is hardly better than a guess."""
+    """A text's commonest answer in training, or else its kind's, is hardly better than a guess."""
     by_text = count_answers(train, key=lambda row: row["question"])
     by_kind = count_answers(train, key=lambda row: row["kind"])
     right = defaultdict(list)
@@ -96,7 +96,8 @@ def test_question_text_alone_predicts_little_beyond_chance(train, test):
 
 
 def test_wording_does_not_tell_the_answer(train):
-    for opening, answers in count_answers(train, key=lambda row: row["question"].split()[:2].__str__()).items():
+    by_opening = count_answers(train, key=lambda row: " ".join(row["question"].split()[:2]))
+    for opening, answers in by_opening.items():
         if answers.keys() == {"yes", "no"}:
             share = answers["yes"] / answers.total()
             assert 0.4 < share < 0.6, (opening, share)
@@ -117,13 +118,14 @@ def test_things_lie_apart_and_inside_the_image():
         for i, a in enumerate(scene):
             assert a.radius <= min(a.x, a.y, IMAGE_SIZE - a.x, IMAGE_SIZE - a.y)
             assert all(np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius for b in scene[:i])
-    assert sizes.keys() == {1, 2, 3, 4, 5}
+    assert sizes.keys() == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("color", COLORS)
 def test_a_thing_is_painted_in_its_color_at_its_place_on_light_paper(shape, color):
-    image = np.asarray(draw_scene([Thing(shape, color, 20.0, 44.0, 9.0)], np.random.default_rng(0)), dtype=int)
+    thing = Thing(shape, color, 20.0, 44.0, 9.0)
+    image = np.asarray(draw_scene([thing], np.random.default_rng(0)), dtype=int)
     distance = {name: np.abs(image[44, 20] - value).max() for name, value in COLORS.items()}
     assert min(distance, key=distance.get) == color, distance
     assert image[20, 44].min() > 230
@@ -131,12 +133,12 @@ def test_a_thing_is_painted_in_its_color_at_its_place_on_light_paper(shape, colo
     assert 100 < inked < np.pi * 9.5**2, inked
 
 
-# A red circle left of two blue squares, one above the other.
+# A red circle and triangle, one below the other, left of two blue squares.
 SCENE = [
     Thing("circle", "red", 15.0, 30.0, 8.0),
     Thing("square", "blue", 45.0, 15.0, 8.0),
     Thing("square", "blue", 45.0, 45.0, 8.0),
-    Thing("star", "red", 20.0, 55.0, 8.0),
+    Thing("triangle", "red", 20.0, 55.0, 8.0),
 ]
 
 
@@ -149,10 +151,10 @@ SCENE = [
         ("exists", ("square",), "yes"),
         ("count", ("square",), "2"),
         ("count", ("red shape",), "2"),
-        ("count", ("triangle",), "0"),
-        ("relation", ("red circle", "above", "red star"), "yes"),
-        ("relation", ("red circle", "below", "red star"), "no"),
-        ("relation", ("star", "below", "circle"), "yes"),
+        ("count", ("yellow shape",), "0"),
+        ("relation", ("red circle", "above", "red triangle"), "yes"),
+        ("relation", ("red circle", "below", "red triangle"), "no"),
+        ("relation", ("triangle", "below", "circle"), "yes"),
         ("comparison", ("square", "circle"), "yes"),
         ("comparison", ("circle", "square"), "no"),
         ("comparison", ("red shape", "green shape"), "yes"),
@@ -167,11 +169,10 @@ def test_questions_have_their_true_answer(kind, words, answer):
     ("kind", "words", "why"),
     [
         ("color", ("square",), "two squares"),
-        ("color", ("triangle",), "no triangle"),
-        ("color", ("circle",), "all single shapes are red: the picture alone would tell"),
+        ("color", ("circle",), "circle and triangle are both red: the picture alone would tell"),
         ("shape", ("red",), "two red things"),
         ("relation", ("circle", "left of", "square"), "two squares"),
-        ("relation", ("circle", "left of", "star"), "nearly the same column"),
+        ("relation", ("circle", "left of", "triangle"), "nearly the same column"),
         ("comparison", ("red shape", "blue shape"), "a tie"),
     ],
 )
@@ -179,15 +180,18 @@ def test_questions_without_one_clear_answer_are_not_asked(kind, words, why):
     assert (kind, words) not in {(q.kind, q.words) for q in questions_about(SCENE)}, why
 
 
-def test_color_and_shape_are_asked_of_things_that_differ():
-    scene = [Thing("circle", "red", 15.0, 30.0, 8.0), Thing("star", "blue", 45.0, 30.0, 8.0)]
-    asked = {q for q in questions_about(scene) if q.kind in ("color", "shape")}
-    assert asked == {
+def test_color_and_shape_are_asked_of_things_that_differ_and_of_a_lone_thing():
+    circle, square = Thing("circle", "red", 15.0, 30.0, 8.0), Thing("square", "blue", 45.0, 30.0, 8.0)
+    about_circle = {
         Question("color", "shape", ("circle",), "red"),
-        Question("color", "shape", ("star",), "blue"),
         Question("shape", "color", ("red",), "circle"),
-        Question("shape", "color", ("blue",), "star"),
     }
+    about_square = {
+        Question("color", "shape", ("square",), "blue"),
+        Question("shape", "color", ("blue",), "square"),
+    }
+    for scene, expected in (([circle], about_circle), ([circle, square], about_circle | about_square)):
+        assert {q for q in questions_about(scene) if q.kind in ("color", "shape")} == expected
 
 
 def test_dataset_has_the_columns_of_a_hub_vqa_set_and_the_pixels_of_the_rows():

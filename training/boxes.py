@@ -19,7 +19,7 @@ SIZES = (10, 20, 30)
 BOX, GAP = 100, 10
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-_PAPER, _GROUND = (255, 255, 255), (211, 211, 211)
+_GROUND = (211, 211, 211)  # of boxes and gaps alike, as NLVR draws them: inner walls cannot be seen
 _BLOCK = 20
 _MOST_THINGS, _MOST_BLOCKS = 8, 4
 _EDGE_SHARE = 0.35  # of scattered things that are pushed to a wall: sentences are fond of them
@@ -82,7 +82,7 @@ def tower(rng):
 def draw_boxes(boxes):
     """An RGB image of 320 x 100 pixels."""
     scale = _SUPERSAMPLING
-    image = Image.new("RGB", (3 * BOX + 2 * GAP, BOX), _PAPER)
+    image = Image.new("RGB", (3 * BOX + 2 * GAP, BOX), _GROUND)
     for place, things in enumerate(boxes):
         box = Image.new("RGB", (BOX * scale, BOX * scale), _GROUND)
         pen = ImageDraw.Draw(box)

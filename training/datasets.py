@@ -68,10 +68,28 @@ def find_adapter(columns, task):
     )
 
 
-def load_rows(source, split):
-    """One split of a dataset: a Hub id, a folder or a file that `datasets.load_dataset` reads.
+def _drawn_shapes(split, rows):
+    from .shapes import KINDS, shapes_dataset
 
-    A single file (.parquet, .jsonl, .json, .csv) is taken as the split that is asked for.
+    return shapes_dataset(-(-rows // len(KINDS)), split)
+
+
+def _drawn_boxes(split, rows):
+    from .boxes import boxes_dataset
+
+    return boxes_dataset(rows, split)
+
+
+# Worlds that the project draws itself: name to (split, number of rows) -> rows.
+DRAWN = {"drawn:shapes": _drawn_shapes, "drawn:boxes": _drawn_boxes}
+_DRAWN_ROWS = 12_000
+
+
+def load_rows(source, split, limit=None):
+    """One split of a dataset: a Hub id, a folder or a file that `datasets.load_dataset` reads, or a world of `DRAWN`.
+
+    A single file (.parquet, .jsonl, .json, .csv) is taken as the split that is asked for. `limit` says how many rows of a
+    drawn world are drawn.
 
     Raises:
         ValueError: if there is no such dataset or split, naming those there are.
@@ -79,6 +97,8 @@ def load_rows(source, split):
     import datasets
     from datasets.inspect import SplitsNotFoundError
 
+    if source in DRAWN:
+        return DRAWN[source](split, limit or _DRAWN_ROWS)
     path = Path(source)
     readers = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
     try:

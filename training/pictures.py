@@ -112,7 +112,7 @@ def _check(records: Sequence[Record]) -> None:
                 "Add what is missing."
             )
         if not len(record["answers"]):
-            raise ValueError(f"records[{i}]['answers'] is empty. Expected (answer, score) pairs, best first. Add one.")
+            raise ValueError(f"records[{i}]['answers'] is empty. Expected (answer, score) pairs. Add one.")
         attention = record.get("attention")
         if attention is not None and np.ndim(attention) != 2:
             raise ValueError(
@@ -165,7 +165,7 @@ def _draw_card(
     y += (_TOP_ANSWERS - len(answers) + 0.3) * _BAR_PITCH
 
     if weights := record.get("modality_weights"):
-        total = sum(weights.values())
+        total = sum(weights.values()) or 1
         _write(page, left, y, "modalities", size=8.5, color=_MUTED)
         shares = [(weight / total, palette[name]) for name, weight in weights.items()]
         _stack(page, bar_left, y, _INNER_WIDTH - _LABEL_WIDTH, _WEIGHTS_HEIGHT, shares, labelled=True)
@@ -299,8 +299,9 @@ def _shorten(text: str, width: float, size: float, weight: str = "normal") -> st
     text = " ".join(text.split())
     if _text_width(text, size, weight) <= width:
         return text
-    kept = bisect_right(range(len(text)), width, key=lambda n: _text_width(f"{text[:n]}…", size, weight)) - 1
-    return f"{text[:kept].rstrip()}…"
+    lengths = range(len(text))
+    fitting = bisect_right(lengths, width, key=lambda n: _text_width(f"{text[:n]}…", size, weight))
+    return f"{text[: max(0, fitting - 1)].rstrip()}…"
 
 
 def _wrap(text: str, width: float, max_lines: int, size: float, weight: str = "normal") -> list[str]:

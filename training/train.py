@@ -1,8 +1,9 @@
 """A recipe to a trained model in a whole Hub folder."""
 
 import json
+import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import yaml
@@ -45,13 +46,13 @@ def train_tokenizer(texts, vocab_size=2000):
     )
 
 
-def _texts(dataset):
-    column = dataset.adapter.inputs["text"]
-    return [text for text in dict.fromkeys(dataset.rows[column]) if text]
+def _texts(datasets):
+    columns = (dataset.rows[dataset.adapter.inputs["text"]] for dataset in datasets)
+    return [text for text in dict.fromkeys(text for column in columns for text in column) if text]
 
 
-def build(recipe, task, train_dataset):
-    """(model, processor) of a recipe. `task` says the labels; a tokenizer may be trained on the training split."""
+def build(recipe, task, datasets):
+    """(model, processor) of a recipe. `task` says the labels; a tokenizer may be trained on the texts of `datasets`."""
     options = dict(recipe.model.get("config") or {}) | task.config_fields
     if recipe.model.get("preset"):
         from ..configs import load_preset
@@ -67,7 +68,7 @@ def build(recipe, task, train_dataset):
         elif "config" in entry:
             entry["model"] = entry.pop("config")
     sources = {name: entry["model"] for name, entry in encoders.items() if isinstance(entry["model"], str)}
-    tokenizer = _tokenizer(recipe, sources, train_dataset)
+    tokenizer = _tokenizer(recipe, sources, datasets)
     for name, entry in encoders.items():
         if isinstance(entry["model"], dict):
             made = _as_config(name, entry["model"])
@@ -80,10 +81,10 @@ def build(recipe, task, train_dataset):
     return model, _processor(recipe, model.config, sources, tokenizer)
 
 
-def _tokenizer(recipe, sources, train_dataset):
+def _tokenizer(recipe, sources, datasets):
     source = recipe.processor.get("tokenizer") or sources.get("text")
     if source == "train":
-        return train_tokenizer(_texts(train_dataset), recipe.processor.get("vocab_size", 2000))
+        return train_tokenizer(_texts(datasets), recipe.processor.get("vocab_size", 2000))
     return AutoTokenizer.from_pretrained(source) if source else None
 
 
@@ -122,40 +123,29 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     eval_dataset = _split(recipe, eval_rows, recipe.eval_split, recipe.max_eval_rows)
     task = TASKS[recipe.task].from_targets(train_dataset.targets, recipe.min_answer_count)
     task.check_targets(eval_dataset.targets)
-    model, processor = build(recipe, task, train_dataset)
+    if recipe.warm_up:
+        model, processor = _warm_up(recipe, train_dataset, output / "checkpoints" / "warm_up", write)
+        model.resize_answers(task.id2label)
+    else:
+        model, processor = build(recipe, task, [train_dataset])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     write(
         f"{recipe.name}: {len(train_dataset):,} training and {len(eval_dataset):,} evaluation rows, "
         f"{len(task.id2label)} labels; {trainable:,} of {total:,} parameters are trained."
     )
-
-    arguments = TrainingArguments(
-        output_dir=str(output / "checkpoints"),
-        seed=recipe.seed,
-        remove_unused_columns=False,
-        **{**_DEFAULTS, "metric_for_best_model": task.main_metric, **recipe.training},
+    trainer = _fit(
+        model,
+        processor,
+        task,
+        train_dataset,
+        eval_dataset,
+        {**_DEFAULTS, "metric_for_best_model": task.main_metric, **recipe.training},
+        output / "checkpoints",
+        recipe,
+        checkpoint,
+        write,
     )
-    callbacks = [EpochReport(task.main_metric, write)]
-    if recipe.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
-    trainer = CrossModalTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=SampleCollator(processor, task.encode_targets),
-        processing_class=processor,
-        compute_metrics=lambda prediction: task.score(prediction.predictions, eval_dataset.targets),
-        callbacks=callbacks,
-        learning_rates=recipe.learning_rates,
-        rows_per_image=recipe.rows_per_image,
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(QuietProgress())
-    if checkpoint is not None:
-        write(f"resuming from {checkpoint.name}.")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
     metrics = {key: value for key, value in metrics.items() if key in ("loss", "accuracy", "vqa_accuracy")}
     result = {
@@ -171,6 +161,57 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     if export and trainer.is_world_process_zero():
         export_folder(trainer.model, processor, output, recipe=recipe, result=result)
     return result | {"model": trainer.model, "processor": processor, "log": trainer.state.log_history}
+
+
+def _fit(model, processor, task, train_dataset, eval_dataset, training, folder, recipe, checkpoint, write):
+    """Trains a model in place, from a checkpoint on if there is one. Returns the trainer."""
+    callbacks = [EpochReport(task.main_metric, write)]
+    if recipe.early_stopping_patience is not None and eval_dataset is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    trainer = CrossModalTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), seed=recipe.seed, remove_unused_columns=False, **training),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=SampleCollator(processor, task.encode_targets),
+        processing_class=processor,
+        compute_metrics=lambda prediction: task.score(prediction.predictions, eval_dataset.targets),
+        callbacks=callbacks,
+        learning_rates=recipe.learning_rates,
+        rows_per_image=recipe.rows_per_image,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress())
+    if checkpoint is not None:
+        write(f"resuming from {checkpoint.name}.")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+def _warm_up(recipe, train_dataset, folder, write):
+    """(model, processor) trained on the data of `recipe.warm_up`; a finished or cut-off warm-up is taken up again."""
+    stage = replace(recipe, warm_up=None, early_stopping_patience=None, **{
+        key: recipe.warm_up[key]
+        for key in ("dataset", "train_split", "augment", "rows_per_image", "learning_rates")
+        if key in recipe.warm_up
+    })  # fmt: skip
+    rows = load_rows(stage.dataset, stage.train_split, recipe.warm_up.get("rows"))
+    dataset = _split(stage, rows, stage.train_split, recipe.warm_up.get("rows"), stage.augment)
+    task = TASKS[recipe.task].from_targets(dataset.targets)
+    model, processor = build(stage, task, [train_dataset, dataset])
+    done = folder / "done"
+    if done.is_dir():
+        write("the warm-up was finished earlier.")
+        return type(model).from_pretrained(done), processor
+    write(f"warm-up: {len(dataset):,} rows of {stage.dataset}, {len(task.id2label)} labels.")
+    checkpoint, _ = last_whole_checkpoint(folder)
+    training = {**_DEFAULTS, **recipe.training, **recipe.warm_up.get("training", {})}
+    training |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    model = _fit(model, processor, task, dataset, None, training, folder, stage, checkpoint, write).model
+    # Written aside and renamed: a folder called `done` is whole.
+    model.save_pretrained(folder / "writing")
+    os.replace(folder / "writing", done)
+    return model, processor
 
 
 _DEFAULTS = {
