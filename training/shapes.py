@@ -1,4 +1,4 @@
-"""A drawn world that a small model learns in minutes: colored shapes on paper and balanced questions on them.
+"""A drawn world for small models: colored shapes on light paper, and balanced questions about them.
 
 Every kind of question has its answers in equal numbers, and so has every wording as far as scenes allow. A
 model that reads only the question stays near 1 / (answers of that kind): what it scores above, it has seen.
@@ -36,15 +36,16 @@ _SUPERSAMPLING = 4
 _THINGS = (0.1, 0.2, 0.3, 0.4)  # probability of 1, 2, ... of them
 _ALIKE = (0.45, 0.25, 0.3)  # probability that 1, 2, ... of them share a shape; likewise a color
 _RADII = (9.0, 12.0)  # of the circle around a thing
-_GAP = 1.5  # least distance between the circles around two things
+_GAP = 2.5  # least distance between the circles around two things
 _PATIENCE = 100  # misses before places are drawn anew
 _MARGIN = 12.0  # least distance between two centres along the axis that a relation names
 
-# Relative to the circle around a thing, y pointing down, and of about the same area.
+# Relative to the circle around a thing, y pointing down. For areas that are alike, the triangle sticks out of
+# its circle with two corners, by less than half the gap.
 _CIRCLE_RADIUS = 0.82
 _CORNERS = {
     "square": ((-0.71, -0.71), (0.71, -0.71), (0.71, 0.71), (-0.71, 0.71)),
-    "triangle": ((0.0, -1.05), (1.0, 0.68), (-1.0, 0.68)),
+    "triangle": ((0.0, -1.0), (0.9, 0.62), (-0.9, 0.62)),
 }
 
 # What a question may call a thing, from each of which its phrases are drawn evenly.

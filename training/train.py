@@ -190,11 +190,14 @@ def _fit(model, processor, task, train_dataset, eval_dataset, training, folder, 
 
 def _warm_up(recipe, train_dataset, folder, write):
     """(model, processor) trained on the data of `recipe.warm_up`; a finished or cut-off warm-up is taken up again."""
-    stage = replace(recipe, warm_up=None, early_stopping_patience=None, **{
-        key: recipe.warm_up[key]
-        for key in ("dataset", "train_split", "augment", "rows_per_image", "learning_rates")
-        if key in recipe.warm_up
-    })  # fmt: skip
+    own = ("dataset", "train_split", "augment", "rows_per_image", "learning_rates")
+    stage = replace(
+        recipe,
+        warm_up=None,
+        early_stopping_patience=None,
+        # What suits the rows of the run itself (permuting their boxes, say) need not suit these.
+        **{"augment": None, "rows_per_image": 1} | {key: recipe.warm_up[key] for key in own if key in recipe.warm_up},
+    )
     rows = load_rows(stage.dataset, stage.train_split, recipe.warm_up.get("rows"))
     dataset = _split(stage, rows, stage.train_split, recipe.warm_up.get("rows"), stage.augment)
     task = TASKS[recipe.task].from_targets(dataset.targets)
