@@ -696,8 +696,12 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
             return soft_target_loss(logits, labels)
         return class_loss(logits, labels, self.config.label_smoothing)
 
-    def resize_answers(self, id2label):
-        """Gives the model another answer vocabulary in place. Answers that it knew keep what was learnt of them."""
+    def resize_answers(self, id2label, problem_type=None):
+        """Gives the model another answer vocabulary in place. Answers that it knew keep what was learnt of them.
+
+        problem_type: of the new vocabulary; None leaves it as it was.
+        """
+        self.config.problem_type = problem_type or self.config.problem_type
         known = {label: index for index, label in self.config.id2label.items()}
         old = self.classifier.out_proj
         new = nn.Linear(old.in_features, len(id2label), device=old.weight.device, dtype=old.weight.dtype)

@@ -235,3 +235,26 @@ def last_whole_checkpoint_exists(folder):
         except ValueError:
             continue
     return False
+
+
+def test_a_warm_up_is_taken_over_and_not_repeated(tmp_path):
+    color_rows(24).to_parquet(tmp_path / "other.parquet")
+    two = color_rows(24).filter(lambda row: row["answer"] != "blue")
+    warm_up = {"dataset": str(tmp_path / "other.parquet"), "training": {"num_train_epochs": 6, "learning_rate": 3e-3}}
+    changes = {"warm_up": [warm_up], "training": {"num_train_epochs": 1, "learning_rate": 0.0}}
+    lines = []
+    result = train(recipe(tmp_path / "run", **changes), two, two, write=lines.append, export=False)
+    assert any("warm-up 1 of 1: 24 rows" in line and "3 labels" in line for line in lines)
+    # Nothing was learnt after the warm-up, and the answers that both share were kept.
+    assert set(result["model"].config.label2id) == {"red", "green"} and result["metrics"]["accuracy"] == 1.0
+    again = []
+    train(recipe(tmp_path / "run", **changes), two, two, write=again.append, export=False)
+    assert any("finished earlier" in line for line in again)
+
+
+def test_other_answers_keep_what_was_learnt_of_shared_ones():
+    _, model = tiny_processor_and_model()
+    before = model.classifier.out_proj.weight[model.config.label2id["blue"]].clone()
+    model.resize_answers({0: "mauve", 1: "blue"})
+    assert model.config.num_labels == 2 and model.config.label2id == {"mauve": 0, "blue": 1}
+    assert torch.equal(model.classifier.out_proj.weight[1], before)

@@ -7,6 +7,7 @@ Every sentence comes as often with a picture that makes it true as with one that
 
 import io
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -233,9 +234,6 @@ def boxes_dataset(num_rows, split="train", seed=0, rows_per_image=10, questions=
         split, seed: another split or seed draws other pictures and other sentences.
         questions: share of rows that ask for a number.
     """
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
-
     rng = random.Random(f"boxes {split} {seed}")
     pools = {kind: [[draw(rng) for _ in range(3)] for _ in range(max(8, num_rows // rows_per_image // 2))]
              for kind, draw in (("scattered", scattered), ("tower", tower))}  # fmt: skip
@@ -252,6 +250,50 @@ def boxes_dataset(num_rows, split="train", seed=0, rows_per_image=10, questions=
                 found.setdefault(str(int(answer)) if asks else str(bool(answer)).lower(), index)
         if len(found) == 2:
             rows += [(kind, index, sentence.text, answer) for answer, index in found.items()]
+    return _as_dataset([(kind, index, text, {"answer": answer}) for kind, index, text, answer in rows], pools)
+
+
+_PLACES = ("left", "middle", "right")
+
+
+def facts_of(box):
+    """Everything that sentences ask about one box, as strings: counts by color and shape, walls, ends and neighbours."""
+    counts = Counter()
+    for thing in box:
+        kinds = [thing.color, thing.shape, f"{thing.color} {thing.shape}"]
+        walls = ["wall"] * bool(thing.walls) + ["corner"] * (len(thing.walls) == 2)
+        walls += [wall for wall in ("right", "bottom") if wall in thing.walls]
+        counts.update(["item", *kinds])
+        counts.update(f"{kind} at {wall}" for kind in ["item", *kinds[:2]] for wall in walls)
+    facts = {f"{n} {name}" for name, count in counts.items() for n in range(1, count + 1)}
+    if box and all(thing.x == (BOX - _BLOCK) // 2 for thing in box):
+        facts |= {f"{box[0].color} base", f"{box[-1].color} top"}
+        facts |= {f"{high.color} over {low.color}" for low, high in zip(box, box[1:], strict=False)}
+    return facts
+
+
+def facts_dataset(num_rows, split="train", seed=0):
+    """Rows of image, image_id, question ("what is in the left box?"), facts (all that hold of that box) and kind.
+
+    A question here has many true answers: it teaches to see, before sentences teach to count and compare.
+    """
+    rng = random.Random(f"facts {split} {seed}")
+    pools, rows = {"scattered": [], "tower": []}, []
+    for _ in range(-(-num_rows // 3)):
+        kind, draw = rng.choices([("scattered", scattered), ("tower", tower)], [3, 1])[0]
+        boxes = [draw(rng) for _ in _PLACES]
+        pools[kind].append(boxes)
+        rows += [
+            (kind, len(pools[kind]) - 1, f"what is in the {place} box?", {"facts": sorted(facts_of(box))})
+            for place, box in zip(_PLACES, boxes, strict=True)
+        ]
+    return _as_dataset(rows[:num_rows], pools)
+
+
+def _as_dataset(rows, pools):
+    """Rows (kind, index into its pool of boxes, question, columns of its own) as a `datasets.Dataset`, images in order."""
+    from datasets import Dataset, Image
+
     images, ids = [], {}
     for kind, index, _, _ in rows:
         if (kind, index) not in ids:
@@ -259,17 +301,12 @@ def boxes_dataset(num_rows, split="train", seed=0, rows_per_image=10, questions=
             buffer = io.BytesIO()
             draw_boxes(pools[kind][index]).save(buffer, format="PNG", compress_level=1)
             images.append(buffer.getvalue())
-    rows.sort(key=lambda row: ids[row[0], row[1]])
-    places = [ids[kind, index] for kind, index, _, _ in rows]
+    rows = sorted(rows, key=lambda row: ids[row[0], row[1]])
     columns = {
-        "image": [{"bytes": images[place], "path": None} for place in places],
-        "image_id": places,
+        "image": [{"bytes": images[ids[row[0], row[1]]], "path": None} for row in rows],
+        "image_id": [ids[row[0], row[1]] for row in rows],
         "question": [row[2] for row in rows],
-        "answer": [row[3] for row in rows],
         "kind": [row[0] for row in rows],
     }
-    text = Value("string")
-    features = Features(
-        {"image": ImageFeature(), "image_id": Value("int64"), "question": text, "answer": text, "kind": text}
-    )
-    return Dataset.from_dict(columns, features=features)
+    columns |= {name: [row[3][name] for row in rows] for name in rows[0][3]}
+    return Dataset.from_dict(columns).cast_column("image", Image())

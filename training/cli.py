@@ -97,8 +97,8 @@ def predict(
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder to write.")] = "outputs/demo",
-    images: Annotated[int, typer.Option(min=16, help="Images of the training world.")] = 2500,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    images: Annotated[int, typer.Option(min=16, help="Images of the training world.")] = 2200,
+    epochs: Annotated[int, typer.Option(min=1)] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: _JSON = False,
 ):
@@ -195,8 +195,17 @@ def main():
         print("crossmodal: interrupted.", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"crossmodal: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
+    except Exception as error:
+        # The writer of weights has an error class of its own for a full disk.
+        if "No space left on device" not in str(error):
+            raise
+        _fail(error)
+
+
+def _fail(error):
+    print(f"crossmodal: {_one_line(error)}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

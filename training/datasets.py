@@ -37,8 +37,15 @@ def _annotators(row):
     return [answer["answer"] if isinstance(answer, dict) else answer for answer in row["answers"]]
 
 
-# Most specific schema first. A target of a VQA adapter is a string, or the list of all annotators' answers.
+# Most specific schema first. A target of a VQA adapter is a string, the list of all annotators' answers, or the score of
+# every answer that holds.
 DATASETS = {
+    "facts": Adapter(
+        "vqa",
+        ("image", "question", "facts"),
+        {"images": "image", "text": "question"},
+        lambda row: dict.fromkeys(row["facts"], 1.0),
+    ),
     "vqa_v2": Adapter("vqa", ("image", "question", "answers"), {"images": "image", "text": "question"}, _annotators),
     "easy_vqa": Adapter(
         "vqa", ("image", "question", "answer"), {"images": "image", "text": "question"}, lambda row: str(row["answer"])
@@ -80,8 +87,14 @@ def _drawn_boxes(split, rows):
     return boxes_dataset(rows, split)
 
 
+def _drawn_facts(split, rows):
+    from .boxes import facts_dataset
+
+    return facts_dataset(rows, split)
+
+
 # Worlds that the project draws itself: name to (split, number of rows) -> rows.
-DRAWN = {"drawn:shapes": _drawn_shapes, "drawn:boxes": _drawn_boxes}
+DRAWN = {"drawn:shapes": _drawn_shapes, "drawn:boxes": _drawn_boxes, "drawn:facts": _drawn_facts}
 _DRAWN_ROWS = 12_000
 
 

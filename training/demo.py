@@ -38,7 +38,7 @@ _TRAINING = {
 }
 
 
-def demo(output="outputs/demo", images=2500, epochs=10, seed=0, write=print):
+def demo(output="outputs/demo", images=2200, epochs=8, seed=0, write=print):
     """Trains the `tiny` preset on the drawn world and shows what it learnt.
 
     Args:

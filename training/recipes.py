@@ -33,9 +33,9 @@ class Recipe:
             id or folder, or `train` to train one of `vocab_size` on the questions.
         learning_rates: per modality encoder, `fusion` and `head`; others take `training.learning_rate`.
         training: arguments of transformers' TrainingArguments.
-        warm_up: a run on other data before this one, from which it takes over every weight but answers it does not share:
-            `dataset` (with the same columns or other ones of the task) and any of `rows`, `train_split`, `augment`,
-            `rows_per_image`, `learning_rates`, `training`.
+        warm_up: stages on other data before this run, each of which takes over every weight but answers it does not
+            share: a list of `dataset` with any of `rows`, `train_split`, `augment`, `rows_per_image`, `learning_rates`,
+            `training`.
         early_stopping_patience: evaluations without progress before training stops; None never stops.
     """
 
@@ -55,26 +55,32 @@ class Recipe:
     learning_rates: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     early_stopping_patience: int | None = None
-    warm_up: dict | None = None
+    warm_up: list[dict] = field(default_factory=list)
     name: str = ""
 
     _SECTIONS = {
         "model": ("preset", "encoders", "config", "freeze"),
         "processor": ("image_size", "tokenizer", "vocab_size"),
-        "warm_up": ("dataset", "rows", "train_split", "augment", "rows_per_image", "learning_rates", "training"),
     }
+    _STAGE = ("dataset", "rows", "train_split", "augment", "rows_per_image", "learning_rates", "training")
 
     def __post_init__(self):
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} is unknown. Expected one of {_nearest(self.task, TASKS)}.")
         for section, keys in self._SECTIONS.items():
-            for key in getattr(self, section) or ():
+            for key in getattr(self, section):
                 if key not in keys:
                     raise ValueError(f"{section}.{key} is no key of a recipe. Expected one of {_nearest(key, keys)}.")
         if bool(self.model.get("preset")) == bool(self.model.get("encoders")):
             raise ValueError("model: give either `preset` or `encoders`, one of the two.")
         allowed = _training_keys()
-        for key in (*self.training, *((self.warm_up or {}).get("training") or ())):
+        for stage in self.warm_up:
+            for key in stage:
+                if key not in self._STAGE:
+                    raise ValueError(
+                        f"warm_up: {key} is no key of a stage. Expected one of {_nearest(key, self._STAGE)}."
+                    )
+        for key in (key for part in (self.training, *(s.get("training", {}) for s in self.warm_up)) for key in part):
             if key not in allowed:
                 near = _nearest(key, allowed)[:3]
                 raise ValueError(

@@ -9,7 +9,7 @@ from .metrics.vqa_accuracy.vqa_scoring import normalize_answer, soft_targets, vq
 
 
 class VQATask:
-    """Answers from a vocabulary. Targets are one answer, or the answers of all annotators (soft targets)."""
+    """Answers from a vocabulary. Targets are one answer, the answers of all annotators, or the score of each answer."""
 
     model_class = "CrossModalForVQA"
     main_metric = "vqa_accuracy"
@@ -25,9 +25,9 @@ class VQATask:
 
         Several annotators make soft targets; their answers are normalised as the official scorer does.
         """
-        soft = any(isinstance(target, list) for target in targets)
+        soft = any(not isinstance(target, str) for target in targets)
         if soft:
-            counts = Counter(normalize_answer(answer) for target in targets for answer in set(target))
+            counts = Counter(answer for target in targets for answer in _scores(target))
         else:
             counts = Counter(targets)
         labels = sorted(answer for answer, count in counts.items() if count >= min_answer_count)
@@ -44,11 +44,10 @@ class VQATask:
         return cls(config.id2label, config.problem_type)
 
     @property
-    def config_fields(self):
+    def answers(self):
         """What the model's config must say of this task."""
         return {
             "id2label": self.id2label,
-            "label2id": self.label2id,
             "problem_type": "multi_label_classification" if self.soft else "single_label_classification",
         }
 
@@ -58,7 +57,7 @@ class VQATask:
             return torch.tensor([self.label2id.get(target, -100) for target in targets])
         labels = torch.zeros(len(targets), len(self.label2id))
         for row, target in zip(labels, targets, strict=True):
-            for answer, score in soft_targets(target if isinstance(target, list) else [target]).items():
+            for answer, score in _scores(target).items():
                 if answer in self.label2id:
                     row[self.label2id[answer]] = score
         return labels
@@ -95,6 +94,11 @@ class VQATask:
         """Score of the answer that is most common in training, whatever is asked."""
         counts = Counter(a for t in train_targets for a in (t if isinstance(t, list) else [t]))
         return self.score_answers([counts.most_common(1)[0][0]] * len(targets), targets)
+
+
+def _scores(target):
+    """{answer: score in [0,1]} of a target of any form."""
+    return target if isinstance(target, dict) else soft_targets([target] if isinstance(target, str) else target)
 
 
 TASKS = {"vqa": VQATask}

@@ -53,7 +53,7 @@ def _texts(datasets):
 
 def build(recipe, task, datasets):
     """(model, processor) of a recipe. `task` says the labels; a tokenizer may be trained on the texts of `datasets`."""
-    options = dict(recipe.model.get("config") or {}) | task.config_fields
+    options = dict(recipe.model.get("config") or {}) | task.answers | {"label2id": task.label2id}
     if recipe.model.get("preset"):
         from ..configs import load_preset
 
@@ -125,7 +125,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     task.check_targets(eval_dataset.targets)
     if recipe.warm_up:
         model, processor = _warm_up(recipe, train_dataset, output / "checkpoints" / "warm_up", write)
-        model.resize_answers(task.id2label)
+        model.resize_answers(**task.answers)
     else:
         model, processor = build(recipe, task, [train_dataset])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -189,31 +189,38 @@ def _fit(model, processor, task, train_dataset, eval_dataset, training, folder, 
 
 
 def _warm_up(recipe, train_dataset, folder, write):
-    """(model, processor) trained on the data of `recipe.warm_up`; a finished or cut-off warm-up is taken up again."""
-    own = ("dataset", "train_split", "augment", "rows_per_image", "learning_rates")
-    stage = replace(
-        recipe,
-        warm_up=None,
-        early_stopping_patience=None,
+    """(model, processor) trained on the stages of `recipe.warm_up`; finished and cut-off stages are taken up again."""
+    stages = []
+    for own in recipe.warm_up:
+        keys = ("dataset", "train_split", "augment", "rows_per_image", "learning_rates")
         # What suits the rows of the run itself (permuting their boxes, say) need not suit these.
-        **{"augment": None, "rows_per_image": 1} | {key: recipe.warm_up[key] for key in own if key in recipe.warm_up},
-    )
-    rows = load_rows(stage.dataset, stage.train_split, recipe.warm_up.get("rows"))
-    dataset = _split(stage, rows, stage.train_split, recipe.warm_up.get("rows"), stage.augment)
-    task = TASKS[recipe.task].from_targets(dataset.targets)
-    model, processor = build(stage, task, [train_dataset, dataset])
-    done = folder / "done"
-    if done.is_dir():
-        write("the warm-up was finished earlier.")
-        return type(model).from_pretrained(done), processor
-    write(f"warm-up: {len(dataset):,} rows of {stage.dataset}, {len(task.id2label)} labels.")
-    checkpoint, _ = last_whole_checkpoint(folder)
-    training = {**_DEFAULTS, **recipe.training, **recipe.warm_up.get("training", {})}
-    training |= {"eval_strategy": "no", "load_best_model_at_end": False}
-    model = _fit(model, processor, task, dataset, None, training, folder, stage, checkpoint, write).model
-    # Written aside and renamed: a folder called `done` is whole.
-    model.save_pretrained(folder / "writing")
-    os.replace(folder / "writing", done)
+        changes = {"augment": None, "rows_per_image": 1} | {key: own[key] for key in keys if key in own}
+        stage = replace(recipe, warm_up=[], early_stopping_patience=None, **changes)
+        rows = load_rows(stage.dataset, stage.train_split, own.get("rows"))
+        stages.append((stage, own, _split(stage, rows, stage.train_split, own.get("rows"), stage.augment)))
+    model = processor = None
+    for number, (stage, own, dataset) in enumerate(stages, 1):
+        task = TASKS[recipe.task].from_targets(dataset.targets)
+        if model is None:
+            model, processor = build(stage, task, [train_dataset, *(dataset for _, _, dataset in stages)])
+        else:
+            model.resize_answers(**task.answers)
+        done = folder / f"stage-{number}-done"
+        if done.is_dir():
+            write(f"warm-up {number} of {len(stages)} was finished earlier.")
+            model = type(model).from_pretrained(done)
+            continue
+        write(
+            f"warm-up {number} of {len(stages)}: {len(dataset):,} rows of {stage.dataset}, {len(task.id2label)} labels."
+        )
+        running = folder / f"stage-{number}"
+        checkpoint, _ = last_whole_checkpoint(running)
+        training = {**_DEFAULTS, **recipe.training, **own.get("training", {})}
+        training |= {"eval_strategy": "no", "load_best_model_at_end": False}
+        model = _fit(model, processor, task, dataset, None, training, running, stage, checkpoint, write).model
+        # Written aside and renamed: a folder with this name is whole.
+        model.save_pretrained(running / "writing")
+        os.replace(running / "writing", done)
     return model, processor
 
 
