@@ -261,6 +261,8 @@ class CrossModalConfig(PreTrainedConfig):
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or chosen
         super().__post_init__(**kwargs)
         self.auto_map = auto_map
+        if self.label2id is None and self.id2label is not None:
+            self.label2id = {label: index for index, label in self.id2label.items()}
 
     def _set_modalities(self, modalities):
         """Spreads the mapping of modalities over `modality_names`, `<name>_config` and `modality_settings`."""

@@ -40,12 +40,6 @@ def _annotators(row):
 # Most specific schema first. A target of a VQA adapter is a string, the list of all annotators' answers, or the score of
 # every answer that holds.
 DATASETS = {
-    "facts": Adapter(
-        "vqa",
-        ("image", "question", "facts"),
-        {"images": "image", "text": "question"},
-        lambda row: dict.fromkeys(row["facts"], 1.0),
-    ),
     "vqa_v2": Adapter("vqa", ("image", "question", "answers"), {"images": "image", "text": "question"}, _annotators),
     "easy_vqa": Adapter(
         "vqa", ("image", "question", "answer"), {"images": "image", "text": "question"}, lambda row: str(row["answer"])
@@ -56,6 +50,12 @@ DATASETS = {
         {"images": "image", "text": "sentence"},
         # Labels of NLVR are booleans here, and the strings "true" and "false" in its own files.
         lambda row: str(row["label"]).lower(),
+    ),
+    "facts": Adapter(
+        "vqa",
+        ("image", "question", "facts"),
+        {"images": "image", "text": "question"},
+        lambda row: dict.fromkeys(row["facts"], 1.0),
     ),
 }
 

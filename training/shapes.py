@@ -33,7 +33,7 @@ IMAGE_SIZE = 64
 _SUPERSAMPLING = 4
 # Few and large on purpose: with a fourth shape, five things and radii from 7.5, a small transformer still
 # guessed shapes after 13 epochs over 4,000 images, more than two CPU cores train in minutes.
-_THINGS = (0.25, 0.25, 0.25, 0.25)  # probability of 1, 2, ... of them
+_THINGS = (0.2, 0.2, 0.3, 0.3)  # probability of 1, 2, ... of them
 _ALIKE = (0.45, 0.25, 0.3)  # probability that 1, 2, ... of them share a shape; likewise a color
 _RADII = (9.0, 12.0)  # of the circle around a thing
 _GAP = 2.5  # least distance between the circles around two things
