@@ -36,6 +36,14 @@ class EncodedModality:
     index: torch.Tensor | None = None
     present: torch.Tensor | None = None
 
+    def spread(self, values):
+        """Values (U,...) of the distinct inputs to the rows of the batch (B,...), 0 for rows that lack the modality."""
+        if self.index is not None:
+            values = values[self.index]
+        if self.present is not None:
+            values = values.masked_fill(~self.present.view(-1, *[1] * (values.dim() - 1)), 0)
+        return values
+
 
 def sine_positions(positions, size):
     """Sine and cosine of positions (T,) at `size/2` wavelengths (Vaswani et al. 2017). Returns (T,size)."""

@@ -2,14 +2,15 @@
 
 Every operator is a row of `FUSIONS` and keeps one contract:
 
-    forward(levels, masks, output_attentions) -> (tokens, attentions)
+    forward(levels, masks, spread, output_attentions) -> (tokens, attentions)
 
-    levels      {modality: [tokens (B,T_m,D) for fusion layer 0, 1, ...]}, at width D with type and position in them
+    levels      {modality: [tokens (U_m,T_m,D) for fusion layer 0, 1, ...]}, at width D with type and position in them
+    spread      {modality: function from (U_m,...) to (B,...)} for modalities of which several rows share an input
     masks       {modality: (B,T_m) bool, True for real tokens, or None if all are}; an absent row has no True
     tokens      {modality: (B,T_m,D)}
     attentions  per layer {"m<-n": weights (B,h,T_m,T_n)}: how tokens of m attended to tokens of n
 
-Letters: B batch, T_m tokens of modality m, D hidden_size, M modalities, h heads.
+Letters: B batch, U_m distinct inputs of modality m, T_m tokens of it, D hidden_size, M modalities, h heads.
 Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
 """
 
@@ -102,8 +103,11 @@ class CrossFusionLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.looked_at = looked_at
 
-    def forward(self, tokens, masks, output_attentions=False):
-        """tokens {m: (B,T_m,D)}, masks {m: (B,T_m) or None}. Returns the new tokens and {"m<-n": weights}."""
+    def forward(self, tokens, masks, spread, output_attentions=False):
+        """tokens {m: (B,T_m,D)}, or (U_m,T_m,D) for m in spread; masks {m: (B,T_m) or None}.
+
+        Returns the new tokens and {"m<-n": weights}.
+        """
         attentions, streams = {}, dict(tokens)
         for name in tokens:
             if name in self.self_attn:
@@ -120,6 +124,9 @@ class CrossFusionLayer(GradientCheckpointingLayer):
                 for name in streams
                 if name in self.looked_at
             }
+            # Keys and values of an input that many rows look at are projected once.
+            for name in key_values.keys() & spread.keys():
+                key_values[name] = tuple(map(spread[name], key_values[name]))
             for name in streams:
                 for other, key_value in key_values.items():
                     if other == name or name not in self.gate:
@@ -139,8 +146,14 @@ class FusionOperator(nn.Module):
 
     layer_class = None
 
+    @staticmethod
+    def independent(config):
+        """Modalities whose streams depend on their own input alone: computed once for all rows that share it."""
+        return []
+
     def __init__(self, config):
         super().__init__()
+        self.shared = set(self.independent(config))
         width, eps = config.hidden_size, config.layer_norm_eps
         self.bridges = nn.ModuleDict(
             {
@@ -162,18 +175,29 @@ class FusionOperator(nn.Module):
                 bridged[name] = self.bridges[name][index](stream)
         return bridged
 
-    def forward(self, levels, masks, output_attentions=False):
+    def forward(self, levels, masks, spread=None, output_attentions=False):
+        spread = spread or {}
+        shared = {name: function for name, function in spread.items() if name in self.shared}
+        levels = {
+            name: list(map(spread[name], depths)) if name in spread and name not in shared else depths
+            for name, depths in levels.items()
+        }
         tokens, attentions = {}, []
         for index, layer in enumerate(self.layers):
-            tokens, weights = layer(self.bridge(index, tokens, levels), masks, output_attentions)
+            tokens, weights = layer(self.bridge(index, tokens, levels), masks, shared, output_attentions)
             attentions.append(weights)
-        return {name: self.norms[name](stream) for name, stream in tokens.items()}, tuple(attentions)
+        tokens = {name: self.norms[name](stream) for name, stream in tokens.items()}
+        return {n: shared[n](stream) if n in shared else stream for n, stream in tokens.items()}, tuple(attentions)
 
 
 class CrossFusion(FusionOperator):
     """Adaptive cross-modal attention, every modality looking at every other in each layer."""
 
     layer_class = CrossFusionLayer
+
+    @staticmethod
+    def independent(config):
+        return [name for name in config.modality_names if name not in (config.fusion_queries or config.modality_names)]
 
 
 class ConcatFusion(FusionOperator):
@@ -183,8 +207,12 @@ class ConcatFusion(FusionOperator):
         def __init__(self, config):
             super().__init__()
 
-        def forward(self, tokens, masks, output_attentions=False):
+        def forward(self, tokens, masks, spread, output_attentions=False):
             return tokens, {}
+
+    @staticmethod
+    def independent(config):
+        return config.modality_names
 
 
 FUSIONS = {"cross": CrossFusion, "concat": ConcatFusion}

@@ -483,29 +483,28 @@ class CrossModalModel(CrossModalPreTrainedModel):
         return encoded
 
     def project(self, encoded):
-        """Tokens of every modality at the fusion width, one row per row of the batch.
+        """Tokens of every modality at the fusion width, and their masks in the batch.
 
-        Returns {modality: [(B,T_m,D) per level]} and {modality: (B,T_m) bool or None}.
+        Returns {modality: [(U,T_m,D) per level]}, one row per distinct input (see `EncodedModality.spread`), and
+        {modality: (B,T_m) bool or None}.
         """
         types = dict(zip(self.config.modality_names, self.modality_types.weight, strict=True))
         levels, masks = {}, {}
         for name, item in encoded.items():
             levels[name], masks[name] = self.projections[name](item, types[name]), item.mask
-            if item.index is not None:
-                levels[name] = [level[item.index] for level in levels[name]]
-                masks[name] = None if item.mask is None else item.mask[item.index]
-            if item.present is not None:
-                levels[name] = [level.masked_fill(~item.present[:, None, None], 0.0) for level in levels[name]]
-                whole = item.present[:, None].expand(-1, levels[name][0].shape[1])
-                masks[name] = whole if masks[name] is None else masks[name] & whole
+            if item.mask is not None:
+                masks[name] = item.spread(item.mask)
+            elif item.present is not None:
+                masks[name] = item.present[:, None].expand(-1, levels[name][0].shape[1])
         return levels, masks
 
-    def fuse(self, levels, masks, presence, output_attentions=False):
+    def fuse(self, levels, masks, presence, spread=None, output_attentions=False):
         """Cross-modal layers, pooling and modality weights.
 
+        levels and masks as `project` gives them; spread {modality: (U,...) to (B,...)} where several rows share an input.
         Returns tokens {modality: (B,T_m,D)}, modality embeddings (B,M,D), weights (B,M), pooled (B,D), attentions.
         """
-        tokens, attentions = self.fusion(levels, masks, output_attentions)
+        tokens, attentions = self.fusion(levels, masks, spread, output_attentions)
         some = next(iter(tokens.values()))
         pooled = [
             self.poolings[name](tokens[name], masks[name])
@@ -573,7 +572,12 @@ class CrossModalModel(CrossModalPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         encoded, presence = self.encode(self._collect_inputs(inputs, modality_mask), modality_mask)
         levels, masks = self.project(encoded)
-        tokens, embeddings, weights, pooled, attentions = self.fuse(levels, masks, presence, bool(output_attentions))
+        spread = {
+            name: item.spread for name, item in encoded.items() if item.index is not None or item.present is not None
+        }
+        tokens, embeddings, weights, pooled, attentions = self.fuse(
+            levels, masks, presence, spread, bool(output_attentions)
+        )
         return CrossModalOutput(
             last_hidden_state=torch.cat(list(tokens.values()), dim=1),
             attention_mask=torch.cat([_full_mask(tokens[name], masks[name]) for name in tokens], dim=1),
