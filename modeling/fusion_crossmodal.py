@@ -103,7 +103,7 @@ class CrossFusionLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.looked_at = looked_at
 
-    def forward(self, tokens, masks, spread, output_attentions=False):
+    def forward(self, tokens, masks, output_attentions=False, spread=None):
         """tokens {m: (B,T_m,D)}, or (U_m,T_m,D) for m in spread; masks {m: (B,T_m) or None}.
 
         Returns the new tokens and {"m<-n": weights}.
@@ -125,7 +125,7 @@ class CrossFusionLayer(GradientCheckpointingLayer):
                 if name in self.looked_at
             }
             # Keys and values of an input that many rows look at are projected once.
-            for name in key_values.keys() & spread.keys():
+            for name in key_values.keys() & (spread or {}).keys():
                 key_values[name] = tuple(map(spread[name], key_values[name]))
             for name in streams:
                 for other, key_value in key_values.items():
@@ -184,7 +184,7 @@ class FusionOperator(nn.Module):
         }
         tokens, attentions = {}, []
         for index, layer in enumerate(self.layers):
-            tokens, weights = layer(self.bridge(index, tokens, levels), masks, shared, output_attentions)
+            tokens, weights = layer(self.bridge(index, tokens, levels), masks, output_attentions, shared)
             attentions.append(weights)
         tokens = {name: self.norms[name](stream) for name, stream in tokens.items()}
         return {n: shared[n](stream) if n in shared else stream for n, stream in tokens.items()}, tuple(attentions)
@@ -207,7 +207,7 @@ class ConcatFusion(FusionOperator):
         def __init__(self, config):
             super().__init__()
 
-        def forward(self, tokens, masks, spread, output_attentions=False):
+        def forward(self, tokens, masks, output_attentions=False, spread=None):
             return tokens, {}
 
     @staticmethod
