@@ -188,8 +188,8 @@ class CrossModalConfig(PreTrainedConfig):
         fusion_queries: modalities whose tokens the fusion layers of `cross` update (for example `["text"]`: the question
             looks at the image, and the image stays as its encoder left it, at a third of the cost). None: all.
         modality_weighting: `"adaptive"` (learned softmax over the modalities present) or `"uniform"`.
-        gate: what scales cross attention: `"content"` (sigmoid of the two streams), `"static"` (tanh of a learned
-            number per stream, 0 at the start) or `"none"`.
+        gate: what adapts cross attention: `"content"` (bilinear in the stream and what it saw), `"static"` (tanh of a
+            learned number per stream, 0 at the start) or `"none"`.
         pooling: tokens of one modality to one vector: `"attention"`, `"mean"` or `"first"`.
         frozen_modalities: encoders that take no gradient and stay in eval mode.
         classifier_hidden_size: hidden width of classification heads (`None`: twice `hidden_size`).
@@ -322,6 +322,9 @@ class CrossModalConfig(PreTrainedConfig):
         if self.fusion_levels == "single":
             return [len(sizes) - 1]
         deepest, count = len(sizes) - 1, self.num_fusion_layers
+        if deepest < count and count > 1:
+            # An encoder this shallow gives its embeddings too: what single words are is not seen twice after one layer.
+            return [round(deepest * i / (count - 1)) for i in range(count)]
         return [max(1, round(deepest * (i + 1) / count)) if deepest else 0 for i in range(count)]
 
     def level_sizes_of(self, name):

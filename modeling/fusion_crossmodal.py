@@ -30,17 +30,23 @@ def masked_mean(tokens, mask):
 
 
 class ContentGate(nn.Module):
-    """g = sigmoid(W [x; c] + b), per token and channel, as in GMU (Arevalo et al. 2017, arXiv 1702.01992)."""
+    """G(x) c = c + W_o (W_x x * W_c c): what was seen, changed by how it agrees with what looks.
+
+    The product is low-rank bilinear pooling (Kim et al. 2017, arXiv 1610.04325), here as a residual of attention. A
+    sigmoid gate, which can only scale what was seen, leaves "is what I see what the word says?" to the feed-forward
+    layer: on easy-VQA it stood at chance on such questions for three times as many steps.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size)
-        # Open at the start: a stream that cannot see the other from the first step learns to live without it.
-        self.proj.initial_values = {"bias": 1.0}
+        width = config.hidden_size
+        self.stream_proj = nn.Linear(width, width)
+        self.update_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, stream, update):
         """stream and update (B,T,D). Returns the gated update (B,T,D)."""
-        return torch.sigmoid(self.proj(torch.cat([stream, update], dim=-1))) * update
+        return update + self.out_proj(self.stream_proj(stream) * self.update_proj(update))
 
 
 class StaticGate(nn.Module):

@@ -3,7 +3,18 @@
 from collections import Counter, defaultdict
 
 import pytest
-from crossmodal.training.boxes import BOX, COLORS, GAP, Thing, boxes_dataset, draw_boxes, scattered, statement
+from crossmodal.training.boxes import (
+    BOX,
+    COLORS,
+    GAP,
+    Thing,
+    boxes_dataset,
+    draw_boxes,
+    facts_dataset,
+    facts_of,
+    scattered,
+    statement,
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +86,13 @@ def test_scattered_things_lie_apart_and_inside():
             assert 0 <= a.x <= BOX - a.size and 0 <= a.y <= BOX - a.size
             for b in things[i + 1 :]:
                 assert a.x + a.size < b.x or b.x + b.size < a.x or a.y + a.size < b.y or b.y + b.size < a.y
+
+
+def test_facts_say_all_that_is_in_the_boxes():
+    yellow, blue = Thing("yellow", "square", 20, 40, 80), Thing("blue", "square", 20, 40, 59)
+    facts = facts_of([[yellow, blue], [yellow]])
+    assert {"2 yellow", "2 yellow square", "3 item", "1 blue over yellow", "1 yellow top", "2 yellow base"} <= facts
+    assert {"3 yellow", "1 black", "2 blue", "1 yellow over blue"}.isdisjoint(facts)
+    assert "1 yellow at wall" in facts_of([[Thing("yellow", "circle", 10, 0, 50)]])
+    rows = facts_dataset(12)
+    assert len(rows) == 12 and len(set(rows["image_id"])) == 12 and all(rows["facts"])

@@ -13,6 +13,8 @@ from crossmodal.training.shapes import (
     Thing,
     draw_rows,
     draw_scene,
+    facts_dataset,
+    facts_of,
     questions_about,
     sample_scene,
     shapes_dataset,
@@ -214,3 +216,13 @@ def test_dataset_has_the_columns_of_a_hub_vqa_set_and_the_pixels_of_the_rows():
 def test_bad_arguments_are_named_with_what_is_expected(arguments, message):
     with pytest.raises(ValueError, match=message):
         draw_rows(**arguments)
+
+
+def test_facts_say_all_that_questions_ask_about():
+    scene = [Thing("circle", "red", 12, 12, 9), Thing("circle", "blue", 50, 50, 9)]
+    facts = facts_of(scene)
+    assert {"2 circle", "1 red circle", "1 red left", "1 red top", "1 blue bottom", "1 circle right"} <= facts
+    assert {"1 square", "2 red", "3 circle", "1 red right"}.isdisjoint(facts)
+    rows, again = facts_dataset(6), facts_dataset(6)
+    assert rows["facts"] == again["facts"] and len(set(rows["image_id"])) == 6
+    assert facts_dataset(6, "test")["facts"] != rows["facts"]

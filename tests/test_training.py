@@ -251,9 +251,51 @@ def test_a_warm_up_is_taken_over_and_not_repeated(tmp_path):
     assert any("finished earlier" in line for line in again)
 
 
+def test_a_stage_may_train_a_model_of_its_own_of_which_the_run_keeps_an_encoder(tmp_path):
+    color_rows(24).to_parquet(tmp_path / "other.parquet")
+    own = {"modalities": ["vision"], "config": {"fusion_type": "concat"}, "keep": ["vision"], "freeze": []}
+    warm_up = {"dataset": str(tmp_path / "other.parquet"), "training": {"num_train_epochs": 1}} | own
+    plain = recipe(tmp_path / "run", training={"num_train_epochs": 1, "learning_rate": 0.0})
+    changes = {"warm_up": [warm_up], "model": plain.model | {"freeze": ["vision"]}, "training": plain.training}
+    result = train(recipe(tmp_path / "run", **changes), color_rows(24), color_rows(24), export=False)
+    model = result["model"]
+    assert model.config.modality_names == ["vision", "text"] and model.config.fusion_type == "cross"
+    assert model.config.frozen_modalities == ["vision"] and result["trainable_parameters"] < result["parameters"]
+    stage = tmp_path / "run" / "checkpoints" / "warm_up" / "stage-1-done"
+    kept = type(model).from_pretrained(stage)
+    assert kept.config.modality_names == ["vision"] and kept.config.fusion_type == "concat"
+    for name, value in kept.crossmodal.encoders["vision"].state_dict().items():
+        assert torch.equal(value, model.crossmodal.encoders["vision"].state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"modalities": ["vision"]}, ["modalities", "keep"]),
+        ({"modalities": ["vison"], "keep": ["vision"]}, ["vison", "['text', 'vision']"]),
+        ({"keep": ["visoin"]}, ["visoin", "fusion", "vision"]),
+        ({"kepe": ["vision"]}, ["kepe", "keep"]),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused_with_what_is_expected(tmp_path, own, words):
+    color_rows(24).to_parquet(tmp_path / "other.parquet")
+    warm_up = {"dataset": str(tmp_path / "other.parquet"), "training": {"max_steps": 1}} | own
+    with pytest.raises(ValueError) as error:
+        train(recipe(tmp_path / "run", warm_up=[warm_up]), color_rows(24), color_rows(24), export=False)
+    for word in words:
+        assert word in str(error.value)
+
+
 def test_other_answers_keep_what_was_learnt_of_shared_ones():
     _, model = tiny_processor_and_model()
     before = model.classifier.out_proj.weight[model.config.label2id["blue"]].clone()
     model.resize_answers({0: "mauve", 1: "blue"})
     assert model.config.num_labels == 2 and model.config.label2id == {"mauve": 0, "blue": 1}
     assert torch.equal(model.classifier.out_proj.weight[1], before)
+
+
+def test_rows_with_many_true_answers_are_scored(tmp_path):
+    task = VQATask.from_targets([{"1 red": 1.0, "2 red": 1.0}, {"1 blue": 1.0}])
+    scores = task.score_answers(["2 red", "1 red"], [{"1 red": 1.0, "2 red": 1.0}, {"1 blue": 1.0}])
+    assert scores == {"accuracy": 0.5, "vqa_accuracy": 0.5}
+    assert task.majority([{"1 red": 1.0}] * 2, [{"1 red": 1.0}])["accuracy"] == 1.0

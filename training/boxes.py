@@ -253,41 +253,38 @@ def boxes_dataset(num_rows, split="train", seed=0, rows_per_image=10, questions=
     return _as_dataset([(kind, index, text, {"answer": answer}) for kind, index, text, answer in rows], pools)
 
 
-_PLACES = ("left", "middle", "right")
-
-
-def facts_of(box):
-    """Everything that sentences ask about one box, as strings: counts by color and shape, walls, ends and neighbours."""
+def facts_of(boxes):
+    """Everything that sentences ask about boxes, as strings: counts by color and shape, walls, ends and neighbours."""
     counts = Counter()
-    for thing in box:
-        kinds = [thing.color, thing.shape, f"{thing.color} {thing.shape}"]
-        walls = ["wall"] * bool(thing.walls) + ["corner"] * (len(thing.walls) == 2)
-        walls += [wall for wall in ("right", "bottom") if wall in thing.walls]
-        counts.update(["item", *kinds])
-        counts.update(f"{kind} at {wall}" for kind in ["item", *kinds[:2]] for wall in walls)
-    facts = {f"{n} {name}" for name, count in counts.items() for n in range(1, count + 1)}
-    if box and all(thing.x == (BOX - _BLOCK) // 2 for thing in box):
-        facts |= {f"{box[0].color} base", f"{box[-1].color} top"}
-        facts |= {f"{high.color} over {low.color}" for low, high in zip(box, box[1:], strict=False)}
-    return facts
+    for box in boxes:
+        for thing in box:
+            kinds = [thing.color, thing.shape, f"{thing.color} {thing.shape}"]
+            walls = ["wall"] * bool(thing.walls) + ["corner"] * (len(thing.walls) == 2)
+            walls += [wall for wall in ("right", "bottom") if wall in thing.walls]
+            counts.update(["item", *kinds])
+            counts.update(f"{kind} at {wall}" for kind in ["item", *kinds[:2]] for wall in walls)
+        if box and all(thing.x == (BOX - _BLOCK) // 2 for thing in box):
+            counts.update([f"{box[0].color} base", f"{box[-1].color} top", f"tower of {len(box)}"])
+            counts.update(f"{high.color} over {low.color}" for low, high in zip(box, box[1:], strict=False))
+    return {f"{n} {name}" for name, count in counts.items() for n in range(1, min(count, _MOST_COUNTED) + 1)}
+
+
+_MOST_COUNTED = 6
 
 
 def facts_dataset(num_rows, split="train", seed=0):
-    """Rows of image, image_id, question ("what is in the left box?"), facts (all that hold of that box) and kind.
+    """Rows of image, image_id, question ("what is in the boxes?"), facts (all that hold of them) and kind.
 
     A question here has many true answers: it teaches to see, before sentences teach to count and compare.
     """
     rng = random.Random(f"facts {split} {seed}")
     pools, rows = {"scattered": [], "tower": []}, []
-    for _ in range(-(-num_rows // 3)):
+    for _ in range(num_rows):
         kind, draw = rng.choices([("scattered", scattered), ("tower", tower)], [3, 1])[0]
-        boxes = [draw(rng) for _ in _PLACES]
+        boxes = [draw(rng) for _ in range(3)]
         pools[kind].append(boxes)
-        rows += [
-            (kind, len(pools[kind]) - 1, f"what is in the {place} box?", {"facts": sorted(facts_of(box))})
-            for place, box in zip(_PLACES, boxes, strict=True)
-        ]
-    return _as_dataset(rows[:num_rows], pools)
+        rows.append((kind, len(pools[kind]) - 1, "what is in the boxes?", {"facts": sorted(facts_of(boxes))}))
+    return _as_dataset(rows, pools)
 
 
 def _as_dataset(rows, pools):

@@ -81,20 +81,31 @@ def _drawn_shapes(split, rows):
     return shapes_dataset(-(-rows // len(KINDS)), split)
 
 
+def _drawn_shape_facts(split, rows):
+    from .shapes import facts_dataset
+
+    return facts_dataset(rows, split)
+
+
 def _drawn_boxes(split, rows):
     from .boxes import boxes_dataset
 
     return boxes_dataset(rows, split)
 
 
-def _drawn_facts(split, rows):
+def _drawn_box_facts(split, rows):
     from .boxes import facts_dataset
 
     return facts_dataset(rows, split)
 
 
 # Worlds that the project draws itself: name to (split, number of rows) -> rows.
-DRAWN = {"drawn:shapes": _drawn_shapes, "drawn:boxes": _drawn_boxes, "drawn:facts": _drawn_facts}
+DRAWN = {
+    "drawn:shapes": _drawn_shapes,
+    "drawn:shape_facts": _drawn_shape_facts,
+    "drawn:boxes": _drawn_boxes,
+    "drawn:box_facts": _drawn_box_facts,
+}
 _DRAWN_ROWS = 12_000
 
 

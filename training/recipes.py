@@ -33,9 +33,11 @@ class Recipe:
             id or folder, or `train` to train one of `vocab_size` on the questions.
         learning_rates: per modality encoder, `fusion` and `head`; others take `training.learning_rate`.
         training: arguments of transformers' TrainingArguments.
-        warm_up: stages on other data before this run, each of which takes over every weight but answers it does not
-            share: a list of `dataset` with any of `rows`, `train_split`, `augment`, `rows_per_image`, `learning_rates`,
-            `training`.
+        warm_up: stages on other data before this run, a list of `dataset` with any of `rows`, `train_split`, `augment`,
+            `rows_per_image`, `learning_rates`, `freeze`, `training`. The next stage takes over every weight but answers
+            it does not share; or, with `keep`, only those components (as in `learning_rates`), and others start afresh:
+            a stage whose questions say little teaches fusion not to read them. Such a stage may train a model of its
+            own: `modalities` (some of those of the run) and `config` (over `model.config`).
         early_stopping_patience: evaluations without progress before training stops; None never stops.
     """
 
@@ -62,7 +64,19 @@ class Recipe:
         "model": ("preset", "encoders", "config", "freeze"),
         "processor": ("image_size", "tokenizer", "vocab_size"),
     }
-    _STAGE = ("dataset", "rows", "train_split", "augment", "rows_per_image", "learning_rates", "training")
+    _STAGE = (
+        "dataset",
+        "rows",
+        "train_split",
+        "augment",
+        "rows_per_image",
+        "learning_rates",
+        "freeze",
+        "keep",
+        "modalities",
+        "config",
+        "training",
+    )
 
     def __post_init__(self):
         if self.task not in TASKS:
@@ -80,6 +94,12 @@ class Recipe:
                     raise ValueError(
                         f"warm_up: {key} is no key of a stage. Expected one of {_nearest(key, self._STAGE)}."
                     )
+            own = [key for key in ("modalities", "config") if key in stage]
+            if own and "keep" not in stage:
+                raise ValueError(
+                    f"warm_up: a stage with {own[0]} trains a model of its own. Say what the run takes over from it, for "
+                    "example keep: [vision]."
+                )
         for key in (key for part in (self.training, *(s.get("training", {}) for s in self.warm_up)) for key in part):
             if key not in allowed:
                 near = _nearest(key, allowed)[:3]

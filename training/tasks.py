@@ -84,6 +84,10 @@ class VQATask:
     def score_answers(predictions, targets):
         exact, official = [], []
         for prediction, target in zip(predictions, targets, strict=True):
+            if isinstance(target, dict):
+                exact.append(target.get(prediction, 0.0) == max(target.values(), default=1.0))
+                official.append(target.get(prediction, 0.0))
+                continue
             annotators = target if isinstance(target, list) else [target]
             truth = Counter(map(normalize_answer, annotators)).most_common(1)[0][0]
             exact.append(normalize_answer(prediction) == truth)
@@ -92,7 +96,7 @@ class VQATask:
 
     def majority(self, train_targets, targets):
         """Score of the answer that is most common in training, whatever is asked."""
-        counts = Counter(a for t in train_targets for a in (t if isinstance(t, list) else [t]))
+        counts = Counter(a for t in train_targets for a in ([t] if isinstance(t, str) else t))
         return self.score_answers([counts.most_common(1)[0][0]] * len(targets), targets)
 
 

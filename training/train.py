@@ -25,7 +25,7 @@ from .collator import SampleCollator
 from .datasets import RowDataset, load_rows
 from .publish import export_folder, remove_unfinished
 from .tasks import TASKS
-from .trainer import CrossModalTrainer, EpochReport, QuietProgress, last_whole_checkpoint
+from .trainer import CrossModalTrainer, EpochReport, QuietProgress, component_of, last_whole_checkpoint
 
 
 def train_tokenizer(texts, vocab_size=2000):
@@ -124,8 +124,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     task = TASKS[recipe.task].from_targets(train_dataset.targets, recipe.min_answer_count)
     task.check_targets(eval_dataset.targets)
     if recipe.warm_up:
-        model, processor = _warm_up(recipe, train_dataset, output / "checkpoints" / "warm_up", write)
-        model.resize_answers(**task.answers)
+        model, processor = _warm_up(recipe, task, train_dataset, output / "checkpoints" / "warm_up", write)
     else:
         model, processor = build(recipe, task, [train_dataset])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -188,7 +187,7 @@ def _fit(model, processor, task, train_dataset, eval_dataset, training, folder, 
     return trainer
 
 
-def _warm_up(recipe, train_dataset, folder, write):
+def _warm_up(recipe, task, train_dataset, folder, write):
     """(model, processor) trained on the stages of `recipe.warm_up`; finished and cut-off stages are taken up again."""
     stages = []
     for own in recipe.warm_up:
@@ -198,30 +197,64 @@ def _warm_up(recipe, train_dataset, folder, write):
         stage = replace(recipe, warm_up=[], early_stopping_patience=None, **changes)
         rows = load_rows(stage.dataset, stage.train_split, own.get("rows"))
         stages.append((stage, own, _split(stage, rows, stage.train_split, own.get("rows"), stage.augment)))
-    model = processor = None
+    tasks = [TASKS[recipe.task].from_targets(dataset.targets) for _, _, dataset in stages] + [task]
+    datasets = [train_dataset, *(dataset for _, _, dataset in stages)]
+    model, processor = build(recipe, tasks[0], datasets)
     for number, (stage, own, dataset) in enumerate(stages, 1):
-        task = TASKS[recipe.task].from_targets(dataset.targets)
-        if model is None:
-            model, processor = build(stage, task, [train_dataset, *(dataset for _, _, dataset in stages)])
-        else:
-            model.resize_answers(**task.answers)
         done = folder / f"stage-{number}-done"
         if done.is_dir():
             write(f"warm-up {number} of {len(stages)} was finished earlier.")
             model = type(model).from_pretrained(done)
-            continue
-        write(
-            f"warm-up {number} of {len(stages)}: {len(dataset):,} rows of {stage.dataset}, {len(task.id2label)} labels."
-        )
-        running = folder / f"stage-{number}"
-        checkpoint, _ = last_whole_checkpoint(running)
-        training = {**_DEFAULTS, **recipe.training, **own.get("training", {})}
-        training |= {"eval_strategy": "no", "load_best_model_at_end": False}
-        model = _fit(model, processor, task, dataset, None, training, running, stage, checkpoint, write).model
-        # Written aside and renamed: a folder with this name is whole.
-        model.save_pretrained(running / "writing")
-        os.replace(running / "writing", done)
+        else:
+            labels = len(tasks[number - 1].id2label)
+            write(f"warm-up {number} of {len(stages)}: {len(dataset):,} rows of {stage.dataset}, {labels} labels.")
+            if "modalities" in own or "config" in own:
+                trained, reader = build(_of_its_own(stage, own), tasks[number - 1], datasets)
+            else:
+                trained, reader = model, processor
+            trained._set_frozen(set(trained._known(own.get("freeze", recipe.model.get("freeze") or ()))))
+            running = folder / f"stage-{number}"
+            checkpoint, _ = last_whole_checkpoint(running)
+            training = {**_DEFAULTS, **recipe.training, **own.get("training", {})}
+            training |= {"eval_strategy": "no", "load_best_model_at_end": False}
+            model = _fit(
+                trained, reader, tasks[number - 1], dataset, None, training, running, stage, checkpoint, write
+            ).model
+            # Written aside and renamed: a folder with this name is whole.
+            model.save_pretrained(running / "writing")
+            os.replace(running / "writing", done)
+        if "keep" in own:
+            fresh = build(recipe, tasks[number], datasets)[0]
+            _take_over(fresh, model, own["keep"])
+            model = fresh
+        else:
+            model.resize_answers(**tasks[number].answers)
+    model._set_frozen(set(recipe.model.get("freeze") or ()))
     return model, processor
+
+
+def _of_its_own(stage, own):
+    """The recipe of a stage that trains a model of its own: some of the modalities, another fusion."""
+    model = dict(stage.model)
+    if "modalities" in own:
+        encoders = stage.model.get("encoders") or {}
+        unknown = [name for name in own["modalities"] if name not in encoders]
+        if unknown:
+            raise ValueError(f"warm_up: modalities has {unknown[0]!r}. Expected any of {sorted(encoders)}.")
+        model["encoders"] = {name: encoders[name] for name in own["modalities"]}
+    model["config"] = {**(stage.model.get("config") or {}), **own.get("config", {})}
+    model["freeze"] = []
+    return replace(stage, model=model)
+
+
+def _take_over(model, trained, components):
+    """Copies the weights of components (see `component_of`) from one model to another of the same recipe, in place."""
+    known = {component_of(name) for name in model.state_dict()}
+    for component in components:
+        if component not in known:
+            raise ValueError(f"warm_up: keep has {component!r}. Expected any of {sorted(known)}.")
+    state = {name: value for name, value in trained.state_dict().items() if component_of(name) in components}
+    model.load_state_dict(state, strict=False)
 
 
 _DEFAULTS = {
