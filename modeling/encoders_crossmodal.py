@@ -45,19 +45,32 @@ class EncodedModality:
         return values
 
 
-def sine_positions(positions, size):
+def sine_positions(positions, size, temperature=10000.0):
     """Sine and cosine of positions (T,) at `size/2` wavelengths (Vaswani et al. 2017). Returns (T,size)."""
     frequencies = torch.exp(
-        torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) * (-math.log(10000.0) / size)
+        torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) * (-math.log(temperature) / size)
     )
     angles = positions.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+# Of the whole height or width, at the shortest wavelength; the longest is `_GRID_TEMPERATURE` times as long.
+_GRID_RADIANS = 20.0
+_GRID_TEMPERATURE = 100.0
+
+
 def grid_positions(height, width, size, device):
-    """Sine positions of a grid, rows in the first half of the channels, columns in the second. Returns (h*w,size)."""
-    rows = sine_positions(torch.arange(height, device=device), size // 2)
-    columns = sine_positions(torch.arange(width, device=device), size // 2)
+    """Sine positions of a grid, rows in the first half of the channels, columns in the second. Returns (h*w,size).
+
+    Positions are parts of the whole, as in DETR (Carion et al. 2020, arXiv 2005.12872): a grid of 4 x 4 fills the same
+    range as one of 32 x 32, where counting cells at a temperature of 10,000 leaves nearly every channel constant.
+    """
+    rows, columns = (
+        sine_positions(
+            (torch.arange(count, device=device) + 0.5) * (_GRID_RADIANS / count), size // 2, _GRID_TEMPERATURE
+        )
+        for count in (height, width)
+    )
     rows = rows[:, None].expand(height, width, size // 2)
     columns = columns[None].expand(height, width, size // 2)
     return torch.cat([rows, columns], dim=-1).reshape(height * width, size)

@@ -77,7 +77,7 @@ class CrossFusionLayer(GradientCheckpointingLayer):
     """One layer of adaptive cross-modal attention over any number of modalities.
 
         S_m = Z_m + SelfAttn(Z_m)
-        c_m = sum over present n != m of g_{m<-n} * CrossAttn(S_m, S_n)
+        c_m = sum over present n != m of G_m(CrossAttn(S_m, S_n))    (`gate`)
         Z_m = FFN(S_m + c_m)
 
     With `fusion_queries`, only those modalities are updated so; the others stay as their encoders left them, and are

@@ -32,6 +32,15 @@ _LOADERS = {
 }
 
 
+class _NoTokenizer:
+    """What a processor without text has for a tokenizer: Trainer asks every processor's for ids of special tokens."""
+
+    eos_token_id = bos_token_id = pad_token_id = None
+
+    def __bool__(self):
+        return False
+
+
 class CrossModalProcessor(ProcessorMixin):
     """One call from raw inputs of any modalities to the batch that a CrossModal model takes.
 
@@ -50,7 +59,7 @@ class CrossModalProcessor(ProcessorMixin):
     """
 
     image_processor = None
-    tokenizer = None
+    tokenizer = _NoTokenizer()
     feature_extractor = None
 
     def __init__(

@@ -96,6 +96,14 @@ def test_settings_of_an_entry_survive_json(tmp_path):
     assert loaded.modality_settings["text"]["max_tokens"] == 3
 
 
+def test_an_encoder_with_fewer_layers_than_the_fusion_gives_its_embeddings_too():
+    text = zoo.tiny_encoder("bert")[0]
+    depths = {layers: CrossModalConfig(modalities={"text": text}, **zoo.TINY | {"num_fusion_layers": layers})
+              for layers in (1, 2, 3, 4)}  # fmt: skip
+    assert [config.levels_of("text") for config in depths.values()] == [[2], [1, 2], [0, 1, 2], [0, 1, 1, 2]]
+    assert CrossModalConfig.from_preset("tiny").levels_of("text") == [0, 1]
+
+
 def test_overrides_of_a_nested_config_are_merged(tmp_path):
     CrossModalModel(zoo.tiny_config()).save_pretrained(tmp_path)
     for loaded in (

@@ -312,3 +312,15 @@ def test_no_path_of_this_machine_is_saved(tmp_path):
     model.save_pretrained(tmp_path / "fused")
     for file in (tmp_path / "fused").glob("*.json"):
         assert str(tmp_path) not in file.read_text(), file.name
+
+
+def test_positions_of_a_grid_are_parts_of_the_whole():
+    from crossmodal.modeling.encoders_crossmodal import grid_positions
+
+    small, large = grid_positions(4, 4, 64, "cpu").view(4, 4, 64), grid_positions(12, 12, 64, "cpu").view(12, 12, 64)
+    # The middle one of three fine cells lies where the coarse cell does.
+    torch.testing.assert_close(large[1::3, 1::3], small, rtol=0, atol=1e-5)
+    assert torch.equal(small[:, :, :32], small[:, :1, :32].expand(4, 4, 32))
+    assert torch.equal(small[:, :, 32:], small[:1, :, 32:].expand(4, 4, 32))
+    distances = torch.cdist(small.flatten(0, 1), small.flatten(0, 1)) + 9 * torch.eye(16)
+    assert distances.min() > 1, f"two cells are only {distances.min():.3f} apart"

@@ -265,6 +265,20 @@ def test_a_static_gate_starts_as_the_stream_without_cross_attention():
     assert not torch.equal(layer(tokens, masks)[0]["text"], together["text"])
 
 
+def test_a_content_gate_is_what_was_seen_and_its_product_with_what_looks():
+    gate = CrossFusionLayer(zoo.tiny_config(gate="content")).gate["text"]
+    stream, update = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+    expected = update.clone()
+    for row in range(2):
+        for token in range(3):
+            x = gate.stream_proj.weight @ stream[row, token] + gate.stream_proj.bias
+            c = gate.update_proj.weight @ update[row, token] + gate.update_proj.bias
+            expected[row, token] += gate.out_proj.weight @ (x * c) + gate.out_proj.bias
+    torch.testing.assert_close(gate(stream, update), expected, **CLOSE)
+    # Unlike a gate that scales, it can turn the sign of what was seen by what looks.
+    assert not torch.allclose(gate(-stream, update), gate(stream, update))
+
+
 def test_gradient_checkpointing_changes_no_loss_and_no_gradient():
     config = zoo.tiny_config(hidden_dropout=0.0, classifier_dropout=0.0)
     config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.0

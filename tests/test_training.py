@@ -286,6 +286,18 @@ def test_a_stage_that_cannot_be_is_refused_with_what_is_expected(tmp_path, own, 
         assert word in str(error.value)
 
 
+def test_a_model_without_text_trains_without_a_tokenizer(tmp_path):
+    plain = recipe(tmp_path / "run")
+    images = {"vision": plain.model["encoders"]["vision"]}
+    changes = {"model": plain.model | {"encoders": images}, "processor": {"image_size": [32, 32]}}
+    result = train(recipe(tmp_path / "run", training={"max_steps": 2}, **changes), color_rows(24), color_rows(24))
+    assert not result["processor"].tokenizer and result["metrics"]["accuracy"] >= 0
+    from transformers import AutoProcessor
+
+    loaded = AutoProcessor.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    assert not loaded.tokenizer and "pixel_values" in loaded(images=color_rows(24)[0]["image"])
+
+
 def test_other_answers_keep_what_was_learnt_of_shared_ones():
     _, model = tiny_processor_and_model()
     before = model.classifier.out_proj.weight[model.config.label2id["blue"]].clone()
