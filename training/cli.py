@@ -97,7 +97,7 @@ def predict(
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder to write.")] = "outputs/demo",
-    images: Annotated[int, typer.Option(min=16, help="Images of the training world.")] = 6000,
+    images: Annotated[int, typer.Option(min=16, help="Images of the training world.")] = 4500,
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: _JSON = False,

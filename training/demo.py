@@ -47,7 +47,7 @@ _TRAINING = {
 _SEEING = {"num_train_epochs": 4, "per_device_train_batch_size": 24, "learning_rate": 3.0e-3}
 
 
-def demo(output="outputs/demo", images=6000, epochs=3, seed=0, write=print):
+def demo(output="outputs/demo", images=4500, epochs=3, seed=0, write=print):
     """Trains the `tiny` preset on the drawn world and shows what it learnt.
 
     Args:
