@@ -140,7 +140,11 @@ class CrossFusionLayer(GradientCheckpointingLayer):
                     seen, attentions[f"{name}<-{other}"] = self.cross_attn[name](
                         normed[name], key_value, masks[other], output_attentions
                     )
-                    updated[name] = updated[name] + self.dropout(self.gate[name](normed[name], seen))
+                    gated = self.gate[name](normed[name], seen)
+                    if masks[other] is not None:
+                        # Nothing seen changes nothing, whatever the biases of a gate say.
+                        gated = gated.masked_fill(~masks[other].any(dim=1)[:, None, None], 0.0)
+                    updated[name] = updated[name] + self.dropout(gated)
         for name in streams:
             if name in self.mlp:
                 updated[name] = self.mlp[name](updated[name])
