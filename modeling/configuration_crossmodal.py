@@ -186,7 +186,7 @@ class CrossModalConfig(PreTrainedConfig):
         fusion_levels: `"multi"` bridges each fusion layer to its own depth of the encoders, `"single"` only the last
             depth to the first layer. Entries with explicit `levels` decide for themselves.
         fusion_queries: modalities whose tokens the fusion layers of `cross` update (for example `["text"]`: the question
-            looks at the image, and the image stays as its encoder left it, at a third of the cost). None: all.
+            looks at the image, and the image stays as its encoder left it, at less cost). None: all.
         modality_weighting: `"adaptive"` (learned softmax over the modalities present) or `"uniform"`.
         gate: what adapts cross attention: `"content"` (bilinear in the stream and what it saw), `"static"` (tanh of a
             learned number per stream, 0 at the start) or `"none"`.

@@ -33,8 +33,7 @@ class ContentGate(nn.Module):
     """G(x) c = c + W_o (W_x x * W_c c): what was seen, changed by how it agrees with what looks.
 
     The product is low-rank bilinear pooling (Kim et al. 2017, arXiv 1610.04325), here as a residual of attention. A
-    sigmoid gate, which can only scale what was seen, leaves "is what I see what the word says?" to the feed-forward
-    layer: on easy-VQA it stood at chance on such questions for three times as many steps.
+    sigmoid gate can only scale what was seen, and leaves "is what I see what the word says?" to the feed-forward layer.
     """
 
     def __init__(self, config):
@@ -81,7 +80,7 @@ class CrossFusionLayer(GradientCheckpointingLayer):
         Z_m = FFN(S_m + c_m)
 
     With `fusion_queries`, only those modalities are updated so; the others stay as their encoders left them, and are
-    looked at. A question that looks at an image this way costs a third of two streams that look at each other.
+    looked at. A question that looks at an image this way costs less than two streams that look at each other.
 
     Each modality owns its query, key, value and output projections: keys and values of a modality are projected once
     for all streams that look at it, and parameters grow with M, not with its square.

@@ -31,8 +31,7 @@ COLORS = {
 IMAGE_SIZE = 64
 
 _SUPERSAMPLING = 4
-# Few and large on purpose, and often one alone: that is where a small model learns what words mean. With a fourth
-# shape, five things and radii from 7.5 it still guessed shapes after more steps than two CPU cores take in minutes.
+# Few and large on purpose, and often one alone: that is where a small model learns what words mean.
 _THINGS = (0.4, 0.2, 0.2, 0.2)  # probability of 1, 2, ... of them
 _ALIKE = (0.4, 0.2, 0.4)  # probability that 1, 2, ... of them share a shape; likewise a color
 _RADII = (9.0, 12.0)  # of the circle around a thing
