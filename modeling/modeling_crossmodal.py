@@ -147,6 +147,7 @@ class CrossModalPreTrainedModel(PreTrainedModel):
         for name in self.config.modality_names:
             if self.config.modality_settings[name]["type"] == "text":
                 return self._base.encoders[name].get_input_embeddings()
+        # What transformers' own models raise here, and its callers (resizing, peft, checkpointing) catch.
         raise NotImplementedError(f"None of the modalities {self.config.modality_names} is text.")
 
     def set_input_embeddings(self, value):

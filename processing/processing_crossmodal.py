@@ -17,6 +17,13 @@ from transformers.image_utils import load_image
 from .pipeline_crossmodal import CrossModalPipeline  # noqa: F401
 
 
+try:
+    from PIL import Image
+except ImportError:
+    # A model without images loads where there is none.
+    Image = None
+
+
 # The argument of `__call__` for the first modality of a type, as in other processors of transformers.
 _ARGUMENTS = {"vision": "images", "text": "text", "audio": "audio", "video": "videos"}
 _SUB_PROCESSORS = {
@@ -400,8 +407,8 @@ def read_image(item, where="image"):
     Raises:
         ValueError: saying what could not be read and what to give instead.
     """
-    from PIL import Image
-
+    if Image is None:
+        raise ValueError(f"{where} cannot be read without Pillow. Install it with `pip install pillow`.")
     source = item
     if isinstance(item, dict):
         item = item.get("bytes") or item.get("path")
@@ -427,8 +434,6 @@ def read_image(item, where="image"):
 
 
 def _image_from_array(array):
-    from PIL import Image
-
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from crossmodal.training.collator import SampleCollator
-from crossmodal.training.datasets import RowDataset
+from crossmodal.training.datasets import RowDataset, hold_out
 from crossmodal.training.evaluate import evaluate
 from crossmodal.training.publish import export_folder
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.tasks import VQATask
 from crossmodal.training.train import train
 from crossmodal.training.trainer import last_whole_checkpoint
+from datasets import Dataset
 from transformers import TrainingArguments
 from world import TINY_RECIPE, color_rows, tiny_processor_and_model
 
@@ -272,18 +273,62 @@ def test_a_stage_may_train_a_model_of_its_own_of_which_the_run_keeps_an_encoder(
     ("own", "words"),
     [
         ({"modalities": ["vision"]}, ["modalities", "keep"]),
-        ({"modalities": ["vison"], "keep": ["vision"]}, ["vison", "['text', 'vision']"]),
+        ({"modalities": ["vison"], "keep": ["vision"]}, ["vison", "['vision', 'text']"]),
         ({"keep": ["visoin"]}, ["visoin", "fusion", "vision"]),
+        ({"keep": ["head"]}, ["head", "fusion", "vision"]),
+        ({"keep": "vision"}, ["'vision'", "no list"]),
+        ({"config": {"gate": "none"}, "keep": ["fusion"]}, ["keep", "'fusion'", "vision"]),
+        ({"modalities": ["vision"], "keep": ["text"]}, ["keep", "'text'", "['vision']"]),
+        ({"freeze": ["visoin"]}, ["freeze", "visoin", "vision"]),
+        ({"dataset": None}, ["dataset"]),
         ({"kepe": ["vision"]}, ["kepe", "keep"]),
     ],
 )
 def test_a_stage_that_cannot_be_is_refused_with_what_is_expected(tmp_path, own, words):
-    color_rows(24).to_parquet(tmp_path / "other.parquet")
-    warm_up = {"dataset": str(tmp_path / "other.parquet"), "training": {"max_steps": 1}} | own
+    warm_up = {"dataset": "drawn:shapes", "training": {"max_steps": 1}} | own
     with pytest.raises(ValueError) as error:
-        train(recipe(tmp_path / "run", warm_up=[warm_up]), color_rows(24), color_rows(24), export=False)
+        recipe(tmp_path / "run", warm_up=[warm_up])
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_stage_of_a_preset_may_train_one_of_its_modalities(tmp_path):
+    color_rows(24).to_parquet(tmp_path / "other.parquet")
+    own = {"modalities": ["vision"], "config": {"fusion_type": "concat"}, "keep": ["vision"]}
+    warm_up = {"dataset": str(tmp_path / "other.parquet"), "training": {"max_steps": 1}} | own
+    model, training = {"preset": "tiny", "freeze": ["text"]}, {"max_steps": 1}
+    rates = {"text": 1e-4, "vision": 1e-4}
+    run = recipe(tmp_path / "run", model=model, warm_up=[warm_up], training=training, learning_rates=rates)
+    trained = train(run, color_rows(24), color_rows(24), export=False)["model"]
+    assert trained.config.modality_names == ["vision", "text"] and trained.config.frozen_modalities == ["text"]
+
+
+def test_the_checkpoint_is_chosen_on_rows_held_out_of_training(tmp_path):
+    lines = []
+    run = recipe(tmp_path / "run", training={"num_train_epochs": 2}, holdout=0.3)
+    rows = color_rows(60)
+    result = train(run, rows, color_rows(12), write=lines.append)
+    kept, held = hold_out(rows, "vqa", 0.3)
+    assert len(kept) + len(held) == 60 and 0 < len(held) < 40
+    assert f"{len(kept)} training and 12 evaluation rows" in "".join(lines)
+    assert result["eval_rows"] == 12 and result["chosen_on"] == f"{len(held)} held-out training rows"
+    assert f"chosen on {len(held)} held-out training rows" in (tmp_path / "run" / "README.md").read_text()
+    # Every epoch was scored on the rows held out, the end on the others.
+    chosen = [entry["eval_accuracy"] * len(held) for entry in result["log"] if "eval_accuracy" in entry][:2]
+    assert all(value == pytest.approx(round(value)) for value in chosen)
+
+
+def test_rows_that_belong_together_are_held_out_together():
+    rows = Dataset.from_dict(
+        {"image": [None] * 40, "sentence": ["s"] * 40, "label": [True, False] * 20}
+        | {"identifier": [f"{i // 4}-{i % 4}" for i in range(40)]}
+    )
+    kept, held = hold_out(rows, "vqa", 0.4)
+    groups = [{name.split("-")[0] for name in part["identifier"]} for part in (kept, held)]
+    assert groups[0] and groups[1] and not groups[0] & groups[1]
+    assert hold_out(rows.shuffle(seed=1), "vqa", 0.4)[1].num_rows == held.num_rows
+    with pytest.raises(ValueError, match="leaves 40 to train on and 0"):
+        hold_out(rows, "vqa", 1e-9)
 
 
 def test_a_model_without_text_trains_without_a_tokenizer(tmp_path):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
-from crossmodal.training.train import train_tokenizer
+from crossmodal.training.building import train_tokenizer
 from PIL import Image
 from transformers import BertConfig, ViTConfig, ViTImageProcessorPil
 

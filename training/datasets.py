@@ -1,9 +1,10 @@
 """Rows of real datasets to samples: an adapter per schema, matched on columns and never on a path."""
 
 import difflib
+import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Adapter:
         inputs: input of the processor to the column that holds it.
         target: row (without its images) to what the task learns from.
         images: columns that hold images.
+        group: row (without its images) to what it shares with others, which no split may tear apart, or None.
     """
 
     task: str
@@ -29,7 +31,7 @@ class Adapter:
     inputs: dict[str, str]
     target: Callable[[dict], object]
     images: tuple[str, ...] = ("image",)
-    optional: tuple[str, ...] = field(default=())
+    group: Callable[[dict], object] = lambda row: row.get("image_id")
 
 
 def _annotators(row):
@@ -50,6 +52,8 @@ DATASETS = {
         {"images": "image", "text": "sentence"},
         # Labels of NLVR are booleans here, and the strings "true" and "false" in its own files.
         lambda row: str(row["label"]).lower(),
+        # "1304-0": the first of the pictures that one sentence was written about.
+        group=lambda row: str(row["identifier"]).rpartition("-")[0] if "identifier" in row else None,
     ),
     "facts": Adapter(
         "vqa",
@@ -149,6 +153,28 @@ def load_rows(source, split, limit=None):
     except (ConnectionError, datasets.exceptions.DatasetGenerationError, SplitsNotFoundError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"the dataset {source!r} cannot be read: {str(cause).splitlines()[0]}") from error
+
+
+def some_of(rows, limit, seed):
+    """`limit` of the rows, drawn with the seed; all of them if there are no more, or limit is None."""
+    return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
+
+
+def hold_out(rows, task, part):
+    """(rows to train on, rows held out to choose by): whole groups of the adapter, the same whatever the seed."""
+    adapter = DATASETS[find_adapter(rows.column_names, task)]
+    kept, held = [], []
+    for index, row in enumerate(rows.remove_columns(adapter.images)):
+        group = adapter.group(row)
+        group = index if group is None else group
+        drawn = int.from_bytes(hashlib.sha256(str(group).encode()).digest()[:8], "big") / 2**64
+        (held if drawn < part else kept).append(index)
+    if not kept or not held:
+        raise ValueError(
+            f"holdout={part} of {len(rows):,} rows leaves {len(kept):,} to train on and {len(held):,} to choose by. Give "
+            "more rows or another part."
+        )
+    return rows.select(kept), rows.select(held)
 
 
 class RowDataset(Dataset):

@@ -56,6 +56,7 @@ def export_folder(model, processor, folder, recipe=None, result=None):
 _REPORTED = (
     "metrics",
     "majority",
+    "chosen_on",
     "baselines",
     "parameters",
     "trainable_parameters",

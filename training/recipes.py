@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 import yaml
 
-from ..configs import load_recipe
+from ..configs import load_preset, load_recipe
 from .tasks import TASKS
 
 
@@ -23,6 +23,8 @@ class Recipe:
         output_dir: becomes a whole Hub repo when training ends; holds `checkpoints/` while it runs.
         train_split, eval_split: names of splits.
         max_train_rows, max_eval_rows: use only so many rows, drawn with the seed.
+        holdout: part of the training rows, in whole groups, kept out of training to choose the checkpoint by; at 0 it is
+            chosen on `eval_split` itself, whose score is then a little too good.
         min_answer_count: answers rarer than this are no class.
         augment: row of `AUGMENTATIONS`, for training.
         rows_per_image: rows about one image (column `image_id`) that a training batch takes together; the image is then
@@ -49,6 +51,7 @@ class Recipe:
     seed: int = 42
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
+    holdout: float = 0.0
     min_answer_count: int = 1
     augment: str | None = None
     rows_per_image: int = 1
@@ -85,27 +88,41 @@ class Recipe:
             for key in getattr(self, section):
                 if key not in keys:
                     raise ValueError(f"{section}.{key} is no key of a recipe. Expected one of {_nearest(key, keys)}.")
+        if not isinstance(self.holdout, int | float) or not 0 <= self.holdout < 1:
+            raise ValueError(
+                f"holdout={self.holdout!r} is no part of the training rows. Expected 0 to 1, for example 0.05."
+            )
         if bool(self.model.get("preset")) == bool(self.model.get("encoders")):
             raise ValueError("model: give either `preset` or `encoders`, one of the two.")
-        allowed = _training_keys()
+        names = list(self.model.get("encoders") or load_preset(self.model["preset"])["modalities"])
+        _check_names("model.freeze", self.model.get("freeze"), names)
         for stage in self.warm_up:
-            for key in stage:
-                if key not in self._STAGE:
-                    raise ValueError(
-                        f"warm_up: {key} is no key of a stage. Expected one of {_nearest(key, self._STAGE)}."
-                    )
-            own = [key for key in ("modalities", "config") if key in stage]
-            if own and "keep" not in stage:
-                raise ValueError(
-                    f"warm_up: a stage with {own[0]} trains a model of its own. Say what the run takes over from it, for "
-                    "example keep: [vision]."
-                )
+            self._check_stage(stage, names)
+        allowed = _training_keys()
         for key in (key for part in (self.training, *(s.get("training", {}) for s in self.warm_up)) for key in part):
             if key not in allowed:
                 near = _nearest(key, allowed)[:3]
                 raise ValueError(
                     f"training.{key} is no argument of TrainingArguments that a recipe sets. Nearest: {near}."
                 )
+
+    def _check_stage(self, stage, names):
+        for key in stage:
+            if key not in self._STAGE:
+                raise ValueError(f"warm_up: {key} is no key of a stage. Expected one of {_nearest(key, self._STAGE)}.")
+        if not stage.get("dataset"):
+            raise ValueError("warm_up: a stage lacks its dataset. Add one, for example dataset: drawn:shapes.")
+        own = [key for key in ("modalities", "config") if key in stage]
+        if own and "keep" not in stage:
+            raise ValueError(
+                f"warm_up: a stage with {own[0]} trains a model of its own. Say what the run takes over from it, for "
+                "example keep: [vision]."
+            )
+        _check_names("warm_up: modalities", stage.get("modalities"), names)
+        present = stage.get("modalities") or names
+        _check_names("warm_up: freeze", stage.get("freeze"), present)
+        # The fusion of another model may have other shapes, and a head always has other answers.
+        _check_names("warm_up: keep", stage.get("keep"), present if own else [*present, "fusion"])
 
     @classmethod
     def load(cls, name, overrides=()):
@@ -148,6 +165,18 @@ def _training_keys():
     from transformers import TrainingArguments
 
     return {f.name for f in fields(TrainingArguments) if f.init} - _RESERVED
+
+
+def _check_names(key, given, allowed):
+    if given is None:
+        return
+    if not isinstance(given, list | tuple):
+        raise ValueError(
+            f"{key}={given!r} is no list. Expected some of {sorted(allowed)}, for example [{allowed[0]}]."
+        )
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"{key} has {name!r}. Expected any of {_nearest(name, allowed)}.")
 
 
 def _nearest(given, allowed):

@@ -12,6 +12,7 @@ class VQATask:
     """Answers from a vocabulary. Targets are one answer, the answers of all annotators, or the score of each answer."""
 
     model_class = "CrossModalForVQA"
+    metrics = ("accuracy", "vqa_accuracy")
     main_metric = "vqa_accuracy"
 
     def __init__(self, id2label, problem_type):

@@ -4,10 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from .collator import SampleCollator
 from .datasets import GroupedSampler
 
 
@@ -132,3 +133,55 @@ class EpochReport(TrainerCallback):
         value = (metrics or {}).get(f"eval_{self.metric}")
         if state.is_world_process_zero and value is not None:
             self.write(f"epoch {state.epoch:6.2f}   loss {self.loss:.4f}   {self.metric} {value:.4f}")
+
+
+DEFAULTS = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+    "logging_steps": 50,
+    "lr_scheduler_type": "cosine",
+    "report_to": "none",
+    # Else it follows the verbosity of the logs, which the command line turns down.
+    "disable_tqdm": False,
+}
+
+
+def fit(model, processor, task, train_dataset, eval_dataset, training, folder, recipe, checkpoint, write):
+    """Trains a model in place, from a checkpoint on if there is one. Returns the trainer."""
+    callbacks = [EpochReport(task.main_metric, write)]
+    if recipe.early_stopping_patience is not None and eval_dataset is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    trainer = CrossModalTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), seed=recipe.seed, remove_unused_columns=False, **training),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=SampleCollator(processor, task.encode_targets),
+        processing_class=processor,
+        callbacks=callbacks,
+        learning_rates=recipe.learning_rates,
+        rows_per_image=recipe.rows_per_image,
+    )
+    if eval_dataset is not None:
+        _score_on(trainer, task, eval_dataset)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress())
+    if checkpoint is not None:
+        write(f"resuming from {checkpoint.name}.")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # What follows are not epochs.
+    trainer.remove_callback(EpochReport)
+    return trainer
+
+
+def _score_on(trainer, task, dataset):
+    trainer.compute_metrics = lambda prediction: task.score(prediction.predictions, dataset.targets)
+
+
+def score(trainer, task, dataset):
+    """{"loss", metrics of the task} of a trainer's model on a dataset, gathered from all ranks."""
+    _score_on(trainer, task, dataset)
+    found = {key.removeprefix("eval_"): value for key, value in trainer.evaluate(dataset).items()}
+    return {key: value for key, value in found.items() if key == "loss" or key in task.metrics}

@@ -1,0 +1,84 @@
+"""A recipe to a model and its processor: encoders resolved, a tokenizer trained where the recipe asks for one."""
+
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
+
+from ..configs import load_preset
+from ..modeling import modeling_crossmodal
+from ..modeling.configuration_crossmodal import _as_config
+from ..processing.processing_crossmodal import CrossModalProcessor
+
+
+def train_tokenizer(texts, vocab_size=2000):
+    """A lower-casing WordPiece tokenizer with BERT's special tokens, trained on texts. For worlds small enough."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def _texts(datasets):
+    columns = (dataset.rows[dataset.adapter.inputs["text"]] for dataset in datasets)
+    return [text for text in dict.fromkeys(text for column in columns for text in column) if text]
+
+
+def encoders_and_config(recipe):
+    """({modality: {"model": Hub id, folder or config as a dict, ...}}, fields of CrossModalConfig) of a recipe."""
+    encoders, config = recipe.model.get("encoders"), dict(recipe.model.get("config") or {})
+    if recipe.model.get("preset"):
+        preset = load_preset(recipe.model["preset"])
+        encoders, config = preset.pop("modalities"), preset | config
+    entries = {}
+    for name, value in encoders.items():
+        entry = dict(value) if isinstance(value, dict) else {"model": value}
+        if "model_type" in entry:
+            entry = {"model": entry}
+        elif "config" in entry:
+            entry["model"] = entry.pop("config")
+        entries[name] = entry
+    return entries, config
+
+
+def build(recipe, task, datasets):
+    """(model, processor) of a recipe. `task` says the labels; a tokenizer may be trained on the texts of `datasets`."""
+    encoders, options = encoders_and_config(recipe)
+    options |= task.answers | {"label2id": task.label2id}
+    sources = {name: entry["model"] for name, entry in encoders.items() if isinstance(entry["model"], str)}
+    tokenizer = _tokenizer(recipe, sources, datasets)
+    for name, entry in encoders.items():
+        if isinstance(entry["model"], dict):
+            made = _as_config(name, entry["model"])
+            if hasattr(made, "vocab_size") and tokenizer is not None:
+                made.vocab_size, made.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+            entry["model"] = made
+    model = getattr(modeling_crossmodal, task.model_class).from_encoders(
+        freeze=tuple(recipe.model.get("freeze") or ()), **encoders, **options
+    )
+    return model, _processor(recipe, model.config, sources, tokenizer)
+
+
+def _tokenizer(recipe, sources, datasets):
+    source = recipe.processor.get("tokenizer") or sources.get("text")
+    if source == "train":
+        return train_tokenizer(_texts(datasets), recipe.processor.get("vocab_size", 2000))
+    return AutoTokenizer.from_pretrained(source) if source else None
+
+
+def _processor(recipe, config, sources, tokenizer):
+    image_processor = None
+    size = recipe.processor.get("image_size")
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        image_processor = ViTImageProcessorPil(size={"height": height, "width": width})
+    elif "vision" in sources:
+        image_processor = AutoImageProcessor.from_pretrained(sources["vision"])
+    return CrossModalProcessor.from_config(config, image_processor=image_processor, tokenizer=tokenizer)

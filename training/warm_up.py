@@ -1,0 +1,74 @@
+"""Stages of training on other data before a run, such as the worlds that the project draws itself."""
+
+import os
+from dataclasses import replace
+
+from .building import build, encoders_and_config
+from .datasets import RowDataset, load_rows, some_of
+from .tasks import TASKS
+from .trainer import DEFAULTS, component_of, fit, last_whole_checkpoint
+
+
+def warm_up(recipe, task, train_dataset, folder, write):
+    """(model, processor) trained on the stages of `recipe.warm_up`; finished and cut-off stages are taken up again.
+
+    Args:
+        recipe: Recipe, whose stages were checked when it was made.
+        task, train_dataset: of the run that follows.
+        folder: of the stages' checkpoints. write: takes each line of report.
+    """
+    stages, datasets, tasks = [], [], []
+    for own in recipe.warm_up:
+        keys = ("dataset", "train_split", "augment", "rows_per_image", "learning_rates")
+        # What suits the rows of the run itself (permuting their boxes, say) need not suit these.
+        changes = {"augment": None, "rows_per_image": 1} | {key: own[key] for key in keys if key in own}
+        stage = replace(recipe, warm_up=[], early_stopping_patience=None, **changes)
+        stages.append(_of_its_own(stage, own) if "modalities" in own or "config" in own else stage)
+        rows = load_rows(stage.dataset, stage.train_split, own.get("rows"))
+        rows = some_of(rows, own.get("rows"), recipe.seed)
+        datasets.append(RowDataset(rows, recipe.task, stage.augment))
+        tasks.append(TASKS[recipe.task].from_targets(datasets[-1].targets))
+    read = [train_dataset, *datasets]
+    model, processor = build(recipe, tasks[0], read)
+    for number, (stage, own, dataset) in enumerate(zip(stages, recipe.warm_up, datasets, strict=True), 1):
+        task_now, task_next = tasks[number - 1], [*tasks, task][number]
+        done = folder / f"stage-{number}-done"
+        if done.is_dir():
+            write(f"warm-up {number} of {len(stages)} was finished earlier.")
+            model = type(model).from_pretrained(done)
+        else:
+            write(
+                f"warm-up {number} of {len(stages)}: {len(dataset):,} rows of {stage.dataset}, "
+                f"{len(task_now.id2label)} labels."
+            )
+            trained, reader = (model, processor) if stage.model is recipe.model else build(stage, task_now, read)
+            names = trained.config.modality_names
+            trained._set_frozen(set(own.get("freeze", recipe.model.get("freeze") or ())) & set(names))
+            rates = {key: rate for key, rate in stage.learning_rates.items() if key in (*names, "fusion", "head")}
+            stage = replace(stage, learning_rates=rates)
+            running = folder / f"stage-{number}"
+            training = {**DEFAULTS, **recipe.training, **own.get("training", {})}
+            training |= {"eval_strategy": "no", "load_best_model_at_end": False}
+            checkpoint, _ = last_whole_checkpoint(running)
+            model = fit(trained, reader, task_now, dataset, None, training, running, stage, checkpoint, write).model
+            # Written aside and renamed: a folder with this name is whole.
+            model.save_pretrained(running / "writing")
+            os.replace(running / "writing", done)
+        if "keep" in own:
+            fresh = build(recipe, task_next, read)[0]
+            kept = {n: v for n, v in model.state_dict().items() if component_of(n) in own["keep"]}
+            fresh.load_state_dict(kept, strict=False)
+            model = fresh
+        else:
+            model.resize_answers(**task_next.answers)
+    model._set_frozen(set(recipe.model.get("freeze") or ()))
+    return model, processor
+
+
+def _of_its_own(stage, own):
+    """The recipe of a stage that trains a model of its own: some of the modalities, another fusion."""
+    encoders, config = encoders_and_config(stage)
+    encoders = {name: encoders[name] for name in own.get("modalities", encoders)}
+    if config.get("fusion_queries"):
+        config["fusion_queries"] = [name for name in config["fusion_queries"] if name in encoders] or None
+    return replace(stage, model={"encoders": encoders, "config": config | own.get("config", {})})
