@@ -184,7 +184,7 @@ class CrossModalConfig(PreTrainedConfig):
         hidden_size, num_attention_heads, num_fusion_layers, intermediate_size: the fusion transformer.
         fusion_type: operator, a row of `FUSIONS` in fusion_crossmodal.py.
         fusion_levels: `"multi"` bridges each fusion layer to its own depth of the encoders, `"single"` only the last
-            depth to the first layer. Entries with explicit `levels` decide for themselves.
+            depth to the first layer (of explicit `levels` too: an ablation is one key).
         fusion_queries: modalities whose tokens the fusion layers of `cross` update (for example `["text"]`: the question
             looks at the image, and the image stays as its encoder left it, at less cost). None: all.
         modality_weighting: `"adaptive"` (learned softmax over the modalities present) or `"uniform"`.
@@ -318,7 +318,8 @@ class CrossModalConfig(PreTrainedConfig):
         sizes = self.level_sizes_of(name)
         explicit = self.modality_settings[name].get("levels")
         if explicit is not None:
-            return [_normalise_level(name, level, len(sizes)) for level in explicit]
+            levels = [_normalise_level(name, level, len(sizes)) for level in explicit]
+            return levels[-1:] if self.fusion_levels == "single" else levels
         if self.fusion_levels == "single":
             return [len(sizes) - 1]
         deepest, count = len(sizes) - 1, self.num_fusion_layers

@@ -250,3 +250,11 @@ def test_the_choice_of_attention_can_be_changed_on_a_model():
     torch.testing.assert_close(model(**batch).pooler_output, before)
     model.set_attn_implementation({"": "sdpa", "text_config": "eager"})
     assert attention_of(model) == ("sdpa", "eager")
+
+
+def test_single_level_keeps_the_deepest_of_explicit_levels():
+    entry = {"config": zoo.tiny_encoder("bert")[0], "levels": [0, -2]}
+    multi, single = (
+        CrossModalConfig(modalities={"text": entry}, **zoo.TINY, fusion_levels=key) for key in ("multi", "single")
+    )
+    assert multi.levels_of("text") == [0, 1] and single.levels_of("text") == [1]

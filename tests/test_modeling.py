@@ -522,3 +522,16 @@ def test_resized_word_embeddings_reach_the_text_encoder():
     model.resize_token_embeddings(70)
     assert model.get_input_embeddings().weight.shape[0] == model.crossmodal.encoders["text"].config.vocab_size == 70
     model(**{**batch, "input_ids": batch["input_ids"] + 20})
+
+
+@fusion_types
+@given(presence=presences)
+@settings(max_examples=8)
+def test_backends_agree_on_the_whole_model_with_rows_that_lack_modalities(fusion_type, presence):
+    model = copy.deepcopy(shared_model(fusion_type))
+    batch = zoo.tiny_batch(model.config)
+    outputs = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        outputs.append(model(**batch, modality_mask=presence))
+    assert_same_output(*outputs, CLOSE)
