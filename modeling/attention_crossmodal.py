@@ -20,70 +20,49 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     # Softmax in float32: bfloat16 rounds small weights of long sequences to zero.
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), weights
 
 
-class MultiHeadAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, arXiv 1706.03762) of queries on keys of any length.
-
-    Keys and values are projected by `project_key_value`, apart from the queries, so that one projection serves every
-    query stream that looks at them.
-    """
+class Attention(nn.Module):
+    """Scaled dot-product attention of a config's backend, without parameters of its own."""
 
     # Without this, transformers' sdpa path takes a mask of None for causal and cuts the keys to the query length.
     is_causal = False
 
-    def __init__(self, config, as_query=True, as_key=True):
-        """as_query, as_key: False leaves out the projections of a role that this stream never takes."""
+    def __init__(self, config, num_heads):
         super().__init__()
         self.config = config
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_heads = num_heads
+        self.head_dim = config.hidden_size // num_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        width = config.hidden_size
-        if as_query:
-            self.q_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
-        if as_key:
-            self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
 
-    def _split_heads(self, tokens):
+    def split_heads(self, tokens):
+        """(B,T,D) to (B,h,T,d)."""
         return tokens.view(*tokens.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
-    def project_key_value(self, tokens):
-        """tokens (B,Tk,D) to keys and values, each (B,h,Tk,d)."""
-        return self._split_heads(self.k_proj(tokens)), self._split_heads(self.v_proj(tokens))
-
-    def forward(self, query, key_value, mask=None, output_attentions=False):
-        """query (B,Tq,D); key_value: what `project_key_value` returned; mask (B,Tk) bool, True for real keys, or None.
+    def attend(self, query, key, value, mask=None, output_attentions=False):
+        """query (B,h,Tq,d), key and value (B,h,Tk,d); mask (B,Tk) bool, True for real keys, or None.
 
         A row without a single real key gives 0. Returns (B,Tq,D), and the weights (B,h,Tq,Tk) when asked, under any
         backend (they are then computed by the eager form), else None.
         """
-        key, value = key_value
-        query_states = self._split_heads(self.q_proj(query))
         has_key = None
         if mask is not None:
             # A softmax over no key is NaN in some backends: such rows look everywhere, and are zeroed below.
             has_key = mask.any(dim=1)
             mask = mask | ~has_key[:, None]
         attend, attention_mask = self._backend(query, key, mask, output_attentions)
-        output, weights = attend(
-            self,
-            query_states,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-        )
-        output = self.o_proj(output.reshape(*query.shape[:2], -1))
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
+        output = output.reshape(*output.shape[:2], -1)
+        weights = weights if output_attentions else None
         if has_key is not None:
             output = output.masked_fill(~has_key[:, None, None], 0.0)
             weights = weights.masked_fill(~has_key[:, None, None, None], 0.0) if output_attentions else None
-        return output, weights if output_attentions else None
+        return output, weights
 
     def _backend(self, query, key, mask, output_attentions):
         """The attention function of the config's backend, and the mask (B,Tk) in the form that it takes."""
@@ -97,11 +76,56 @@ class MultiHeadAttention(nn.Module):
         if mask is None:
             return attend, None
         if implementation == "flex_attention":
-            key_states = key.transpose(1, 2).flatten(2)
+            query_states, key_states = (states.transpose(1, 2).flatten(2) for states in (query, key))
             return attend, create_bidirectional_mask(
-                config=self.config, inputs_embeds=query, attention_mask=mask, encoder_hidden_states=key_states
+                config=self.config, inputs_embeds=query_states, attention_mask=mask, encoder_hidden_states=key_states
             )
         return attend, mask[:, None, None, :]
+
+
+class MultiHeadAttention(Attention):
+    """Multi-head attention (Vaswani et al. 2017, arXiv 1706.03762) of queries on keys of any length.
+
+    Keys and values are projected by `project_key_value`, apart from the queries, so that one projection serves every
+    query stream that looks at them.
+    """
+
+    def __init__(self, config, as_query=True, as_key=True):
+        """as_query, as_key: False leaves out the projections of a role that this stream never takes."""
+        super().__init__(config, config.num_attention_heads)
+        width = config.hidden_size
+        if as_query:
+            self.q_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+        if as_key:
+            self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def project_key_value(self, tokens):
+        """tokens (B,Tk,D) to keys and values, each (B,h,Tk,d)."""
+        return self.split_heads(self.k_proj(tokens)), self.split_heads(self.v_proj(tokens))
+
+    def forward(self, query, key_value, mask=None, output_attentions=False):
+        """query (B,Tq,D); key_value: what `project_key_value` returned; mask (B,Tk) bool, True for real keys, or None.
+
+        A row without a single real key gives 0. Returns (B,Tq,D), and the weights as `attend` does.
+        """
+        query_states = self.split_heads(self.q_proj(query))
+        output, weights = self.attend(query_states, *key_value, mask, output_attentions)
+        output = self.o_proj(output)
+        if mask is not None:
+            output = output.masked_fill(~mask.any(dim=1)[:, None, None], 0.0)
+        return output, weights
+
+
+class MutualAttention(Attention):
+    """softmax(X Y^T / sqrt(D)) Y, with nothing learned (MCA, Zhao and Gu, MICCAI 2024)."""
+
+    def __init__(self, config):
+        super().__init__(config, num_heads=1)
+
+    def forward(self, query, other, mask=None, output_attentions=False):
+        """query (B,Tq,D), other (B,Tk,D), mask (B,Tk) bool or None. Returns (B,Tq,D) and the weights (B,1,Tq,Tk) or None."""
+        query, other = self.split_heads(query), self.split_heads(other)
+        return self.attend(query, other, other, mask, output_attentions)
 
 
 class FeedForward(nn.Module):

@@ -22,6 +22,7 @@ _AUTO_MAP = {
 
 FUSION_LEVELS = ("multi", "single")
 MODALITY_WEIGHTINGS = ("adaptive", "uniform")
+BOTTLENECKS = ("exchange", "resample")
 GATES = ("content", "static", "none")
 POOLINGS = ("attention", "mean", "first")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
@@ -187,6 +188,9 @@ class CrossModalConfig(PreTrainedConfig):
             depth to the first layer (of explicit `levels` too: an ablation is one key).
         fusion_queries: modalities whose tokens the fusion layers of `cross` update (for example `["text"]`: the question
             looks at the image, and the image stays as its encoder left it, at less cost). None: all.
+        first_query: modality that looks in the first layer of `interlaced`; None: the first one.
+        bottleneck, num_latents: of the `bottleneck` operator: `"exchange"` (MBT: latents beside the tokens of every
+            modality) or `"resample"` (Perceiver: linear in the number of tokens), and how many latents.
         modality_weighting: `"adaptive"` (learned softmax over the modalities present) or `"uniform"`.
         gate: what adapts cross attention: `"content"` (bilinear in the stream and what it saw), `"static"` (tanh of a
             learned number per stream, 0 at the start) or `"none"`.
@@ -230,6 +234,9 @@ class CrossModalConfig(PreTrainedConfig):
     fusion_type: str = "cross"
     fusion_levels: str = "multi"
     fusion_queries: list[str] | None = None
+    first_query: str | None = None
+    bottleneck: str = "exchange"
+    num_latents: int = 4
     modality_weighting: str = "adaptive"
     gate: str = "content"
     pooling: str = "attention"
@@ -403,6 +410,7 @@ class CrossModalConfig(PreTrainedConfig):
             "fusion_levels": FUSION_LEVELS,
             "modality_weighting": MODALITY_WEIGHTINGS,
             "gate": GATES,
+            "bottleneck": BOTTLENECKS,
             "pooling": POOLINGS,
         }.items():
             value = getattr(self, key)
@@ -410,7 +418,7 @@ class CrossModalConfig(PreTrainedConfig):
                 raise ValueError(f"{key}={value!r} is unknown. Expected one of {nearest_first(value, allowed)}.")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES + ("regression",):
             raise ValueError(f"problem_type={self.problem_type!r} is unknown. Expected one of {PROBLEM_TYPES}.")
-        for key in ("hidden_size", "num_attention_heads", "num_fusion_layers", "intermediate_size"):
+        for key in ("hidden_size", "num_attention_heads", "num_fusion_layers", "intermediate_size", "num_latents"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}. Expected at least 1.")
         if self.hidden_size % self.num_attention_heads:
@@ -440,6 +448,16 @@ class CrossModalConfig(PreTrainedConfig):
                         f"{key}={getattr(self, key)}: {name!r} is no modality of this model. Allowed: "
                         f"{nearest_first(name, self.modality_names)}."
                     )
+        if self.first_query is not None and self.first_query not in self.modality_names:
+            raise ValueError(
+                f"first_query={self.first_query!r} is no modality of this model. Allowed: "
+                f"{nearest_first(self.first_query, self.modality_names)}."
+            )
+        if self.fusion_type == "interlaced" and len(self.modality_names) < 2:
+            raise ValueError(
+                f"fusion_type='interlaced' alternates between modalities, and modality_names={self.modality_names} has "
+                "one. Add a modality, or choose another operator: 'cross', 'joint', 'bottleneck' and 'concat' take one."
+            )
         if self.fusion_queries == []:
             raise ValueError("fusion_queries=[] leaves nothing to fuse. Name at least one modality, or give None.")
 

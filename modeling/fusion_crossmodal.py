@@ -1,4 +1,4 @@
-"""Fusion operators, gates, pooling and modality weights: tokens of every modality in, one representation out.
+"""Fusion operators and gates, the mid level of fusion: tokens of every modality in, tokens that know of each other out.
 
 Every operator is a row of `FUSIONS` and keeps one contract:
 
@@ -18,15 +18,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_crossmodal import FeedForwardBlock, MultiHeadAttention, SelfAttentionBlock
-
-
-def masked_mean(tokens, mask):
-    """Mean over real tokens. tokens (B,T,D), mask (B,T) or None. Returns (B,D); a row with no token gives 0."""
-    if mask is None:
-        return tokens.mean(dim=1)
-    weights = mask.to(tokens.dtype)[..., None]
-    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+from .attention_crossmodal import FeedForwardBlock, MultiHeadAttention, MutualAttention, SelfAttentionBlock
 
 
 class ContentGate(nn.Module):
@@ -86,9 +78,10 @@ class CrossFusionLayer(GradientCheckpointingLayer):
     for all streams that look at it, and parameters grow with M, not with its square.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, queries=None):
+        """queries: modalities that this layer updates; None: those of the config."""
         super().__init__()
-        names, queries = config.modality_names, config.fusion_queries or config.modality_names
+        names, queries = config.modality_names, queries or config.fusion_queries or config.modality_names
         # Weights of a role that a modality never takes would never get a gradient.
         looking = queries if len(names) > 1 else []
         looked_at = [name for name in names if any(other != name for other in looking)]
@@ -170,8 +163,11 @@ class FusionOperator(nn.Module):
                 for name in config.modality_names
             }
         )
-        self.layers = nn.ModuleList([self.layer_class(config) for _ in range(config.num_fusion_layers)])
+        self.layers = nn.ModuleList(self.build_layers(config))
         self.norms = nn.ModuleDict({name: nn.LayerNorm(width, eps=eps) for name in config.modality_names})
+
+    def build_layers(self, config):
+        return [self.layer_class(config) for _ in range(config.num_fusion_layers)]
 
     def bridge(self, index, tokens, levels):
         """Adds the encoder depth of fusion layer `index` to the streams, where there is one."""
@@ -191,12 +187,17 @@ class FusionOperator(nn.Module):
             name: list(map(spread[name], depths)) if name in spread and name not in shared else depths
             for name, depths in levels.items()
         }
+        tokens, attentions = self.run_layers(levels, masks, output_attentions, shared)
+        tokens = {name: self.norms[name](stream) for name, stream in tokens.items()}
+        return {n: shared[n](stream) if n in shared else stream for n, stream in tokens.items()}, tuple(attentions)
+
+    def run_layers(self, levels, masks, output_attentions, shared):
+        """levels and masks as `forward` takes them, in rows of the batch but for those in `shared`."""
         tokens, attentions = {}, []
         for index, layer in enumerate(self.layers):
             tokens, weights = layer(self.bridge(index, tokens, levels), masks, output_attentions, shared)
             attentions.append(weights)
-        tokens = {name: self.norms[name](stream) for name, stream in tokens.items()}
-        return {n: shared[n](stream) if n in shared else stream for n, stream in tokens.items()}, tuple(attentions)
+        return tokens, attentions
 
 
 class CrossFusion(FusionOperator):
@@ -224,66 +225,195 @@ class ConcatFusion(FusionOperator):
         return config.modality_names
 
 
-FUSIONS = {"cross": CrossFusion, "concat": ConcatFusion}
+class InterlacedFusion(FusionOperator):
+    """Roles alternate: each layer has one modality that looks, and the next layer another (MIT, arXiv 2310.12817).
+
+    `first_query` looks in the first layer; the others follow, by name, and then it begins anew.
+    """
+
+    def build_layers(self, config):
+        # By name: the order in which a config lists its modalities must not change a model.
+        names = sorted(config.modality_names)
+        first = names.index(config.first_query or config.modality_names[0])
+        turns = [names[(first + index) % len(names)] for index in range(config.num_fusion_layers)]
+        return [CrossFusionLayer(config, queries=[name]) for name in turns]
 
 
-class TokenPooling(nn.Module):
-    """Tokens of one modality to one vector: attention pooling, mean, or the first token.
+class JointFusionLayer(GradientCheckpointingLayer):
+    """A transformer layer over the concatenation of all modalities: attention within and across at once."""
 
-    Attention pooling is the reduction of MCAN (Yu et al. 2019, arXiv 1906.10770): softmax over tokens of a small MLP.
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = SelfAttentionBlock(config)
+        self.mlp = FeedForwardBlock(config)
+
+    def forward(self, tokens, masks, output_attentions=False, spread=None):
+        """As `CrossFusionLayer`. Weights of "m<-n" sum to 1 over all n together."""
+        whole, weights = self.self_attn(
+            torch.cat(list(tokens.values()), dim=1), _joined(tokens, masks), output_attentions
+        )
+        lengths = [stream.shape[1] for stream in tokens.values()]
+        attentions = {}
+        if output_attentions:
+            for name, rows in zip(tokens, weights.split(lengths, dim=2), strict=True):
+                blocks = zip(tokens, rows.split(lengths, dim=3), strict=True)
+                attentions |= {f"{name}<-{other}": block for other, block in blocks}
+        return dict(zip(tokens, self.mlp(whole).split(lengths, dim=1), strict=True)), attentions
+
+
+class JointFusion(FusionOperator):
+    """One transformer over all tokens (MMCA, Wei et al. CVPR 2020; there with regions and words)."""
+
+    layer_class = JointFusionLayer
+
+
+class MutualFusionLayer(nn.Module):
+    """A_m = sum over present n != m of softmax(Z_m Z_n^T / sqrt(D)) Z_n, nothing learned, nothing kept of Z_m itself.
+
+    With two modalities A_1 + A_2 is the fusion of MCA. A stream that has nobody to look at stays as it is.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.kind = config.pooling
-        if self.kind == "attention":
-            self.score = nn.Sequential(
-                nn.Linear(config.hidden_size, config.hidden_size // 2),
-                nn.GELU(),
-                nn.Linear(config.hidden_size // 2, 1),
-            )
+        self.attention = MutualAttention(config)
 
-    def forward(self, tokens, mask=None):
-        """tokens (B,T,D), mask (B,T) or None. Returns (B,D); a row with no token gives 0."""
-        if self.kind == "mean":
-            return masked_mean(tokens, mask)
-        if self.kind == "first":
-            # The first token that is real: with padding on the left that is not the first position.
-            pooled = (
-                tokens[:, 0]
-                if mask is None
-                else tokens[torch.arange(len(tokens), device=tokens.device), mask.int().argmax(dim=1)]
-            )
-        else:
-            scores = self.score(tokens).float()
+    def forward(self, tokens, masks, output_attentions=False, spread=None):
+        """As `CrossFusionLayer`, with a single head."""
+        updated, attentions = {}, {}
+        for name, stream in tokens.items():
+            found = torch.zeros(len(stream), dtype=torch.bool, device=stream.device)
+            update = torch.zeros_like(stream)
+            for other in tokens:
+                if other == name:
+                    continue
+                seen, attentions[f"{name}<-{other}"] = self.attention(
+                    stream, tokens[other], masks[other], output_attentions
+                )
+                update = update + seen
+                found = found | (True if masks[other] is None else masks[other].any(dim=1))
+            updated[name] = torch.where(found[:, None, None], update, stream)
+        return updated, attentions
+
+
+class MutualFusion(FusionOperator):
+    """Mutual cross-attention, two-way and without parameters (MCA, Zhao and Gu, MICCAI 2024)."""
+
+    layer_class = MutualFusionLayer
+
+
+class ExchangeLayer(GradientCheckpointingLayer):
+    """Each modality has a transformer layer over its tokens and the latents; latents are then averaged over modalities.
+
+    [Z_m; b_m] = Layer_m([Z_m; b]),  b = mean over present m of b_m   (MBT, arXiv 2107.00135)
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = nn.ModuleDict({name: SelfAttentionBlock(config) for name in config.modality_names})
+        self.mlp = nn.ModuleDict({name: FeedForwardBlock(config) for name in config.modality_names})
+
+    def forward(self, tokens, latents, masks, output_attentions=False):
+        """tokens {m: (B,T_m,D)}, latents (B,L,D), masks {m: (B,T_m) or None}. Returns new tokens, latents, weights."""
+        updated, attentions, total, count = {}, {}, 0, 0
+        for name, stream in tokens.items():
+            length, mask = stream.shape[1], masks[name]
             if mask is not None:
-                scores = scores.masked_fill(~mask[..., None], torch.finfo(scores.dtype).min)
-            weights = scores.softmax(dim=1).to(tokens.dtype)
-            pooled = (weights * tokens).sum(dim=1)
-        return pooled if mask is None else pooled.masked_fill(~mask.any(dim=1)[:, None], 0.0)
+                mask = torch.cat([mask, mask.new_ones(latents.shape[:2])], dim=1)
+            whole, weights = self.self_attn[name](torch.cat([stream, latents], dim=1), mask, output_attentions)
+            whole = self.mlp[name](whole)
+            updated[name] = whole[:, :length]
+            present = whole.new_ones(len(whole)) if mask is None else masks[name].any(dim=1).to(whole.dtype)
+            total = total + whole[:, length:] * present[:, None, None]
+            count = count + present
+            if output_attentions:
+                attentions[f"{name}<-{name}"] = weights[:, :, :length, :length]
+                attentions[f"{name}<-latents"] = weights[:, :, :length, length:]
+                attentions[f"latents<-{name}"] = weights[:, :, length:, :length]
+        return updated, total / count.clamp(min=1)[:, None, None], attentions
 
 
-class ModalityWeighting(nn.Module):
-    """One weight per modality and row, over the modalities present.
+class ResampleLayer(GradientCheckpointingLayer):
+    """Latents look at all tokens and at each other, and every token looks at the latents: linear in the tokens.
 
-    Adaptive: w = softmax over present m of (v . tanh(W pool_m) + b_m). Uniform: 1 / (number present).
+    b = FFN(b + CrossAttn(b, [Z_1; ...; Z_M; b]))   (the resampler of Flamingo, arXiv 2204.14198, after Perceiver)
+    Z_m = FFN(Z_m + G_m(CrossAttn(Z_m, b)))         (the decoder of Perceiver IO, arXiv 2107.14795)
     """
 
     def __init__(self, config):
         super().__init__()
-        self.adaptive = config.modality_weighting == "adaptive" and len(config.modality_names) > 1
-        if self.adaptive:
-            self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
-            self.score = nn.Linear(config.hidden_size, 1, bias=False)
-            self.bias = nn.Embedding(len(config.modality_names), 1)
-            # Equal weights at the start, whatever the pooled vectors are.
-            self.score.initial_values = self.bias.initial_values = {"weight": 0.0}
+        width, eps, names = config.hidden_size, config.layer_norm_eps, config.modality_names
+        self.latent_norm = nn.LayerNorm(width, eps=eps)
+        self.token_norm = nn.ModuleDict({name: nn.LayerNorm(width, eps=eps) for name in names})
+        self.collect = MultiHeadAttention(config)
+        self.latent_mlp = FeedForwardBlock(config)
+        self.read_norm = nn.LayerNorm(width, eps=eps)
+        self.latent_key = MultiHeadAttention(config, as_query=False)
+        self.read = nn.ModuleDict({name: MultiHeadAttention(config, as_key=False) for name in names})
+        self.gate = nn.ModuleDict({name: GATE_CLASSES[config.gate](config) for name in names})
+        self.mlp = nn.ModuleDict({name: FeedForwardBlock(config) for name in names})
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, pooled, presence):
-        """pooled (B,M,D), 0 for the absent, presence (B,M) bool. Returns (B,M), 0 for the absent, rows sum to 1."""
-        if not self.adaptive:
-            weights = presence.to(pooled.dtype)
-            return weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
-        scores = self.score(torch.tanh(self.hidden(pooled))).squeeze(-1) + self.bias.weight.squeeze(-1)
-        scores = scores.float().masked_fill(~presence, torch.finfo(torch.float32).min)
-        return scores.softmax(dim=1).masked_fill(~presence, 0.0).to(pooled.dtype)
+    def forward(self, tokens, latents, masks, output_attentions=False):
+        """As `ExchangeLayer`."""
+        normed = {name: self.token_norm[name](stream) for name, stream in tokens.items()}
+        queries = self.latent_norm(latents)
+        sources = {**normed, "latents": queries}
+        key_value = self.collect.project_key_value(torch.cat(list(sources.values()), dim=1))
+        mask = _joined(sources, {**masks, "latents": None})
+        update, weights = self.collect(queries, key_value, mask, output_attentions)
+        latents = self.latent_mlp(latents + self.dropout(update))
+        attentions = {}
+        if output_attentions:
+            blocks = weights.split([source.shape[1] for source in sources.values()], dim=3)
+            attentions |= {f"latents<-{name}": block for name, block in zip(sources, blocks, strict=True)}
+        key_value = self.latent_key.project_key_value(self.read_norm(latents))
+        updated = {}
+        for name, stream in tokens.items():
+            seen, attentions[f"{name}<-latents"] = self.read[name](normed[name], key_value, None, output_attentions)
+            updated[name] = self.mlp[name](stream + self.dropout(self.gate[name](normed[name], seen)))
+        return updated, latents, attentions
+
+
+BOTTLENECK_CLASSES = {"exchange": ExchangeLayer, "resample": ResampleLayer}
+
+
+class BottleneckFusion(FusionOperator):
+    """Modalities meet only in a few shared latents, in the manner of MBT or of Perceiver (`bottleneck`)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.latents = nn.Embedding(config.num_latents, config.hidden_size)
+
+    def build_layers(self, config):
+        return [BOTTLENECK_CLASSES[config.bottleneck](config) for _ in range(config.num_fusion_layers)]
+
+    def run_layers(self, levels, masks, output_attentions, shared):
+        tokens, attentions = {}, []
+        rows = len(next(iter(levels.values()))[0])
+        latents = self.latents.weight.expand(rows, -1, -1)
+        for index, layer in enumerate(self.layers):
+            bridged = self.bridge(index, tokens, levels)
+            tokens, latents, weights = layer(bridged, latents, masks, output_attentions)
+            attentions.append(weights)
+        return tokens, attentions
+
+
+def _joined(tokens, masks):
+    """Mask (B, sum of T) of the concatenation of streams, or None if every token is real."""
+    if all(masks[name] is None for name in tokens):
+        return None
+    whole = [
+        stream.new_ones(stream.shape[:2], dtype=torch.bool) if masks[name] is None else masks[name]
+        for name, stream in tokens.items()
+    ]
+    return torch.cat(whole, dim=1)
+
+
+FUSIONS = {
+    "cross": CrossFusion,
+    "joint": JointFusion,
+    "interlaced": InterlacedFusion,
+    "mutual": MutualFusion,
+    "bottleneck": BottleneckFusion,
+    "concat": ConcatFusion,
+}

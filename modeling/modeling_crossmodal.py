@@ -29,8 +29,9 @@ from .encoders_crossmodal import (
     limit_tokens,
     supported_attention,
 )
-from .fusion_crossmodal import FUSIONS, ModalityWeighting, StaticGate, TokenPooling
+from .fusion_crossmodal import FUSIONS, StaticGate
 from .losses_crossmodal import class_loss, soft_target_loss
+from .pooling_crossmodal import ModalityWeighting, TokenPooling
 
 
 logger = logging.get_logger(__name__)
@@ -110,7 +111,13 @@ class CrossModalPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # Losses are plain means over the batch: Trainer has to do the division by accumulation steps and ranks.
     accepts_loss_kwargs = False
-    _no_split_modules = ["CrossFusionLayer", "FeatureSequenceLayer"]
+    _no_split_modules = [
+        "CrossFusionLayer",
+        "JointFusionLayer",
+        "ExchangeLayer",
+        "ResampleLayer",
+        "FeatureSequenceLayer",
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -1,0 +1,78 @@
+"""The high level of fusion: tokens of each modality to one vector, and the weights of modalities.
+
+Letters: B batch, T tokens, D hidden_size, M modalities.
+Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
+"""
+
+import torch
+from torch import nn
+
+
+def masked_mean(tokens, mask):
+    """Mean over real tokens. tokens (B,T,D), mask (B,T) or None. Returns (B,D); a row with no token gives 0."""
+    if mask is None:
+        return tokens.mean(dim=1)
+    weights = mask.to(tokens.dtype)[..., None]
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+class TokenPooling(nn.Module):
+    """Tokens of one modality to one vector: attention pooling, mean, or the first token.
+
+    Attention pooling is the reduction of MCAN (Yu et al. 2019, arXiv 1906.10770): softmax over tokens of a small MLP.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.pooling
+        if self.kind == "attention":
+            self.score = nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size // 2),
+                nn.GELU(),
+                nn.Linear(config.hidden_size // 2, 1),
+            )
+
+    def forward(self, tokens, mask=None):
+        """tokens (B,T,D), mask (B,T) or None. Returns (B,D); a row with no token gives 0."""
+        if self.kind == "mean":
+            return masked_mean(tokens, mask)
+        if self.kind == "first":
+            # The first token that is real: with padding on the left that is not the first position.
+            pooled = (
+                tokens[:, 0]
+                if mask is None
+                else tokens[torch.arange(len(tokens), device=tokens.device), mask.int().argmax(dim=1)]
+            )
+        else:
+            scores = self.score(tokens).float()
+            if mask is not None:
+                scores = scores.masked_fill(~mask[..., None], torch.finfo(scores.dtype).min)
+            weights = scores.softmax(dim=1).to(tokens.dtype)
+            pooled = (weights * tokens).sum(dim=1)
+        return pooled if mask is None else pooled.masked_fill(~mask.any(dim=1)[:, None], 0.0)
+
+
+class ModalityWeighting(nn.Module):
+    """One weight per modality and row, over the modalities present.
+
+    Adaptive: w = softmax over present m of (v . tanh(W pool_m) + b_m). Uniform: 1 / (number present).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.adaptive = config.modality_weighting == "adaptive" and len(config.modality_names) > 1
+        if self.adaptive:
+            self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
+            self.score = nn.Linear(config.hidden_size, 1, bias=False)
+            self.bias = nn.Embedding(len(config.modality_names), 1)
+            # Equal weights at the start, whatever the pooled vectors are.
+            self.score.initial_values = self.bias.initial_values = {"weight": 0.0}
+
+    def forward(self, pooled, presence):
+        """pooled (B,M,D), 0 for the absent, presence (B,M) bool. Returns (B,M), 0 for the absent, rows sum to 1."""
+        if not self.adaptive:
+            weights = presence.to(pooled.dtype)
+            return weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        scores = self.score(torch.tanh(self.hidden(pooled))).squeeze(-1) + self.bias.weight.squeeze(-1)
+        scores = scores.float().masked_fill(~presence, torch.finfo(torch.float32).min)
+        return scores.softmax(dim=1).masked_fill(~presence, 0.0).to(pooled.dtype)
