@@ -21,7 +21,7 @@ _AUTO_MAP = {
 }
 
 FUSION_LEVELS = ("multi", "single")
-MODALITY_WEIGHTINGS = ("adaptive", "uniform")
+MODALITY_WEIGHTINGS = ("adaptive", "uniform", "uncertainty")
 BOTTLENECKS = ("exchange", "resample")
 GATES = ("content", "static", "none")
 POOLINGS = ("attention", "mean", "first")
@@ -191,7 +191,13 @@ class CrossModalConfig(PreTrainedConfig):
         first_query: modality that looks in the first layer of `interlaced`; None: the first one.
         bottleneck, num_latents: of the `bottleneck` operator: `"exchange"` (MBT: latents beside the tokens of every
             modality) or `"resample"` (Perceiver: linear in the number of tokens), and how many latents.
-        modality_weighting: `"adaptive"` (learned softmax over the modalities present) or `"uniform"`.
+        modality_weighting: `"adaptive"` (learned softmax over the modalities present), `"uncertainty"` (softmax of the
+            precision that each modality's own prediction is worth; needs `auxiliary_loss_weight`) or `"uniform"`.
+        task_names: of a model that serves several tasks: the weights then depend on `task_ids` of the forward.
+        modality_dropout: in training, the probability that a row loses a modality (never its last one): a number for all,
+            or a dict by name.
+        missing_tokens: a learned token stands in for a modality that a row lacks, for the others to look at.
+        auxiliary_loss_weight: of the losses of one classifier per modality, each on what it knows alone.
         gate: what adapts cross attention: `"content"` (bilinear in the stream and what it saw), `"static"` (tanh of a
             learned number per stream, 0 at the start) or `"none"`.
         pooling: tokens of one modality to one vector: `"attention"`, `"mean"` or `"first"`.
@@ -217,6 +223,8 @@ class CrossModalConfig(PreTrainedConfig):
         "pooler_output",
         "modality_tokens",
         "token_grids",
+        "auxiliary_logits",
+        "auxiliary_losses",
         "cross_attentions",
     ]
 
@@ -238,6 +246,10 @@ class CrossModalConfig(PreTrainedConfig):
     bottleneck: str = "exchange"
     num_latents: int = 4
     modality_weighting: str = "adaptive"
+    task_names: list[str] | None = None
+    modality_dropout: float | int | dict[str, float] = 0.0
+    missing_tokens: bool = False
+    auxiliary_loss_weight: float | int = 0.0
     gate: str = "content"
     pooling: str = "attention"
     frozen_modalities: list[str] = field(default_factory=list)
@@ -345,6 +357,11 @@ class CrossModalConfig(PreTrainedConfig):
                 "its config. Give them in the entry: {'config': ..., 'hidden_sizes': [width of each hidden state]}."
             )
         return sizes
+
+    def dropout_of(self, name):
+        """Probability that a row of training loses modality `name`."""
+        rates = self.modality_dropout
+        return rates.get(name, 0.0) if isinstance(rates, dict) else rates
 
     def input_keys(self, name):
         """Keys under which a batch carries modality `name`: (values, mask or None).
@@ -457,6 +474,23 @@ class CrossModalConfig(PreTrainedConfig):
             raise ValueError(
                 f"fusion_type='interlaced' alternates between modalities, and modality_names={self.modality_names} has "
                 "one. Add a modality, or choose another operator: 'cross', 'joint', 'bottleneck' and 'concat' take one."
+            )
+        rates = self.modality_dropout if isinstance(self.modality_dropout, dict) else {}
+        for name in rates:
+            if name not in self.modality_names:
+                raise ValueError(
+                    f"modality_dropout={rates}: {name!r} is no modality of this model. Allowed: "
+                    f"{nearest_first(name, self.modality_names)}."
+                )
+        for name in self.modality_names:
+            if not 0 <= self.dropout_of(name) < 1:
+                raise ValueError(
+                    f"modality_dropout={self.modality_dropout!r}. Expected probabilities from 0 to below 1."
+                )
+        if self.modality_weighting == "uncertainty" and not self.auxiliary_loss_weight:
+            raise ValueError(
+                "modality_weighting='uncertainty' is taught by the losses of each modality alone, and "
+                "auxiliary_loss_weight=0. Give it a weight, for example 0.3, or choose 'adaptive'."
             )
         if self.fusion_queries == []:
             raise ValueError("fusion_queries=[] leaves nothing to fuse. Name at least one modality, or give None.")

@@ -4,6 +4,7 @@ Letters: B batch, C classes.
 Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
 """
 
+import torch
 from torch import nn
 
 
@@ -16,6 +17,39 @@ def soft_target_loss(logits, targets):
     logits (B,C), targets (B,C) in [0,1]. Returns a scalar.
     """
     return nn.functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype)) * logits.shape[-1]
+
+
+def row_losses(logits, labels, label_smoothing=0.0):
+    """Loss of every row alone: cross entropy for labels (B,), summed binary cross entropy for scores (B,C).
+
+    logits (B,C). Returns losses (B,), 0 for rows labelled -100, and which rows count (B,) bool.
+    """
+    if labels.is_floating_point():
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+        return losses.sum(-1), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    losses = nn.functional.cross_entropy(
+        logits, labels, ignore_index=-100, label_smoothing=label_smoothing, reduction="none"
+    )
+    return losses, labels != -100
+
+
+def unimodal_losses(logits, labels, presence, log_variances=None, label_smoothing=0.0):
+    """Loss of each modality's own classifier, mean over the rows that have the modality.
+
+    L_m = mean_b CE(logits_bm, label_b); with log variances s, L_m = mean_b [e^{-s_bm} CE(...) + s_bm / 2] (Kendall and
+    Gal 2017, arXiv 1703.04977): a modality that errs on a row is better off to say that it is uncertain there.
+
+    logits (B,M,C), labels (B,) or (B,C), presence (B,M) bool, log_variances (B,M) or None. Returns (M,), 0 for a modality
+    that no row has.
+    """
+    losses = []
+    for index in range(logits.shape[1]):
+        values, counted = row_losses(logits[:, index], labels, label_smoothing)
+        if log_variances is not None:
+            values = torch.exp(-log_variances[:, index]) * values + log_variances[:, index] / 2
+        counted = counted & presence[:, index]
+        losses.append(values.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1))
+    return torch.stack(losses)
 
 
 def class_loss(logits, labels, label_smoothing=0.0):

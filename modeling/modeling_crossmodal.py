@@ -30,8 +30,9 @@ from .encoders_crossmodal import (
     supported_attention,
 )
 from .fusion_crossmodal import FUSIONS, StaticGate
-from .losses_crossmodal import class_loss, soft_target_loss
-from .pooling_crossmodal import ModalityWeighting, TokenPooling
+from .heads_crossmodal import AuxiliaryHeads, ClassificationHead
+from .losses_crossmodal import class_loss, soft_target_loss, unimodal_losses
+from .pooling_crossmodal import ModalityWeighting, TokenPooling, masked_mean
 
 
 logger = logging.get_logger(__name__)
@@ -49,6 +50,9 @@ class CrossModalOutput(ModelOutput):
     pooler_output: the weighted representation (B,D).
     modality_weights: (B,M), 0 for the absent, rows sum to 1.
     modality_embeddings: (B,M,D), one pooled vector per modality, 0 for the absent.
+    unimodal_embeddings: (B,M,D), the same before any fusion, where `auxiliary_loss_weight` asks for it.
+    modality_log_variances: (B,M), with `modality_weighting="uncertainty"`.
+    presence: (B,M) bool, the modalities that each row had (after modality dropout).
     modality_tokens: {modality: (B,T_m,D)}, with output_hidden_states=True.
     token_grids: {modality: (h, w)} for modalities whose last h*w tokens are patches in rows.
     cross_attentions: per fusion layer {"m<-n": (B,heads,T_m,T_n)}, with output_attentions=True.
@@ -59,6 +63,9 @@ class CrossModalOutput(ModelOutput):
     pooler_output: torch.FloatTensor | None = None
     modality_weights: torch.FloatTensor | None = None
     modality_embeddings: torch.FloatTensor | None = None
+    unimodal_embeddings: torch.FloatTensor | None = None
+    modality_log_variances: torch.FloatTensor | None = None
+    presence: torch.BoolTensor | None = None
     modality_tokens: dict[str, torch.FloatTensor] | None = None
     token_grids: dict[str, tuple[int, int]] | None = None
     cross_attentions: tuple[dict[str, torch.FloatTensor], ...] | None = None
@@ -66,7 +73,10 @@ class CrossModalOutput(ModelOutput):
 
 @dataclass
 class CrossModalClassifierOutput(ModelOutput):
-    """Output of a classification head: loss (scalar, with labels), logits (B,A), and what the base model says."""
+    """Output of a classification head: loss (scalar, with labels), logits (B,A), and what the base model says.
+
+    auxiliary_logits (B,M,A) are of each modality alone, auxiliary_losses (M,) theirs; with `auxiliary_loss_weight`.
+    """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
@@ -75,6 +85,8 @@ class CrossModalClassifierOutput(ModelOutput):
     modality_tokens: dict[str, torch.FloatTensor] | None = None
     token_grids: dict[str, tuple[int, int]] | None = None
     cross_attentions: tuple[dict[str, torch.FloatTensor], ...] | None = None
+    auxiliary_logits: torch.FloatTensor | None = None
+    auxiliary_losses: torch.FloatTensor | None = None
 
 
 class ModalityProjection(nn.Module):
@@ -297,6 +309,8 @@ class CrossModalModel(CrossModalPreTrainedModel):
         self.fusion = FUSIONS[config.fusion_type](config)
         self.poolings = nn.ModuleDict({name: TokenPooling(config) for name in config.modality_names})
         self.weighting = ModalityWeighting(config)
+        if config.missing_tokens:
+            self.missing_tokens = nn.Embedding(len(config.modality_names), config.hidden_size)
         self.outputs = nn.ModuleDict(
             {name: nn.Linear(config.hidden_size, config.hidden_size) for name in config.modality_names}
         )
@@ -368,6 +382,9 @@ class CrossModalModel(CrossModalPreTrainedModel):
                     f"modalities {names}."
                 )
             presence = presence & modality_mask.bool()
+        if self.training and any(map(self.config.dropout_of, names)):
+            presence = modality_mask = self._drop_modalities(presence)
+        if modality_mask is not None:
             if not torch.compiler.is_compiling() and not presence.any(dim=1).all():
                 row = int((~presence.any(dim=1)).nonzero()[0])
                 raise ValueError(f"row {row} of the batch has no modality at all. Give at least one of {names}.")
@@ -379,6 +396,18 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 if result is not None:
                     encoded[name] = result
         return encoded, presence
+
+    def _drop_modalities(self, presence):
+        """Takes modalities from rows at random (ModDrop, Neverova et al. 2015, arXiv 1501.00102), never the last one.
+
+        presence (B,M) bool. Returns the same with some True turned False.
+        """
+        rates = torch.tensor([self.config.dropout_of(name) for name in self.config.modality_names])
+        draw = torch.rand(presence.shape, device=presence.device)
+        # Of a row that would lose all that it has, the one with the highest draw stays.
+        last = nn.functional.one_hot(draw.masked_fill(~presence, -1.0).argmax(dim=1), presence.shape[1]).bool()
+        kept = presence & (draw >= rates.to(presence.device))
+        return torch.where(kept.any(dim=1, keepdim=True), kept, presence & last)
 
     def _encode_one(self, name, values, mask, index, present):
         """One modality of a batch. Every distinct input is encoded once, and only if a row that has it needs it.
@@ -427,13 +456,39 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 masks[name] = item.present[:, None].expand(-1, levels[name][0].shape[1])
         return levels, masks
 
-    def fuse(self, levels, masks, presence, spread=None, output_attentions=False):
+    def _stand_in(self, levels, masks, presence, spread):
+        """`fuse`'s arguments with one learned token in place of each modality that a row lacks, for others to look at."""
+        types = dict(zip(self.config.modality_names, self.modality_types.weight, strict=True))
+        levels, masks, spread = dict(levels), dict(masks), dict(spread)
+        for index, name in enumerate(self.config.modality_names):
+            token = self.missing_tokens.weight[index] + types[name]
+            absent = ~presence[:, index]
+            if name not in levels:
+                depths = len(self.config.levels_of(name))
+                levels[name] = [token.expand(len(presence), 1, -1)] * depths
+                masks[name] = None
+            elif torch.compiler.is_compiling() or absent.any():
+                own = spread.pop(name, None)
+                depths = levels[name] if own is None else [own(level) for level in levels[name]]
+                first = torch.zeros(depths[0].shape[:2], dtype=torch.bool, device=absent.device)
+                first[:, 0] = True
+                place = first & absent[:, None]
+                levels[name] = [torch.where(place[..., None], token.to(level.dtype), level) for level in depths]
+                masks[name] = place | (~absent[:, None] if masks[name] is None else masks[name])
+        return levels, masks, spread
+
+    def fuse(self, levels, masks, presence, spread=None, output_attentions=False, task_ids=None):
         """Cross-modal layers, pooling and modality weights.
 
         levels and masks as `project` gives them; spread {modality: (U,...) to (B,...)} where several rows share an input.
-        Returns tokens {modality: (B,T_m,D)}, modality embeddings (B,M,D), weights (B,M), pooled (B,D), attentions.
+        Returns tokens {modality: (B,T_m,D)}, modality embeddings (B,M,D), weights (B,M), log variances (B,M) or None,
+        pooled (B,D), attentions.
         """
-        tokens, attentions = self.fusion(levels, masks, spread, output_attentions)
+        fused_levels, fused_masks = levels, masks
+        if self.config.missing_tokens:
+            fused_levels, fused_masks, spread = self._stand_in(levels, masks, presence, spread or {})
+        tokens, attentions = self.fusion(fused_levels, fused_masks, spread, output_attentions)
+        tokens = {name: tokens[name] for name in levels}
         some = next(iter(tokens.values()))
         pooled = [
             self.poolings[name](tokens[name], masks[name])
@@ -442,12 +497,29 @@ class CrossModalModel(CrossModalPreTrainedModel):
             for name in self.config.modality_names
         ]
         embeddings = torch.stack(pooled, dim=1)
-        weights = self.weighting(embeddings, presence)
+        weights, log_variances = self.weighting(embeddings, presence, task_ids)
         fused = 0
         for index, name in enumerate(self.config.modality_names):
             if name in tokens:
                 fused = fused + weights[:, index, None] * self.outputs[name](embeddings[:, index])
-        return tokens, embeddings, weights, fused, attentions
+        return tokens, embeddings, weights, log_variances, fused, attentions
+
+    def pool_unimodal(self, levels, masks, spread):
+        """Mean of each modality's deepest projected tokens, before any fusion. Arguments of `fuse`; returns (B,M,D)."""
+        pooled = {}
+        for name, depths in levels.items():
+            whole = spread[name](depths[-1]) if name in spread else depths[-1]
+            pooled[name] = masked_mean(whole, masks[name])
+        some = next(iter(pooled.values()))
+        return torch.stack([pooled.get(name, torch.zeros_like(some)) for name in self.config.modality_names], dim=1)
+
+    def _check_task_ids(self, task_ids):
+        names = self.config.task_names
+        if (task_ids is None) == bool(names):
+            given = "none were given" if task_ids is None else f"task_ids {tuple(task_ids.shape)} were given"
+            raise ValueError(
+                f"task_names={names} and {given}. Expected task_ids (B,) exactly where the config names tasks."
+            )
 
     @can_return_tuple
     def forward(
@@ -460,6 +532,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
         audio_attention_mask=None,
         pixel_values_videos=None,
         modality_mask=None,
+        task_ids=None,
         output_attentions=None,
         output_hidden_states=None,
         **named_inputs,
@@ -476,6 +549,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 row uses, so that an image that many rows ask about is encoded once.
             modality_mask: (B,M) bool, False where a row lacks a modality; columns in the order of
                 `config.modality_names`. What stands in the inputs of such a row does not matter.
+            task_ids: (B,) long, which of `config.task_names` each row is for.
             output_attentions: also return `cross_attentions`, under any attention backend.
             output_hidden_states: also return `modality_tokens`.
 
@@ -499,13 +573,14 @@ class CrossModalModel(CrossModalPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        self._check_task_ids(task_ids)
         encoded, presence = self.encode(self._collect_inputs(inputs, modality_mask), modality_mask)
         levels, masks = self.project(encoded)
         spread = {
             name: item.spread for name, item in encoded.items() if item.index is not None or item.present is not None
         }
-        tokens, embeddings, weights, pooled, attentions = self.fuse(
-            levels, masks, presence, spread, bool(output_attentions)
+        tokens, embeddings, weights, log_variances, pooled, attentions = self.fuse(
+            levels, masks, presence, spread, bool(output_attentions), task_ids
         )
         return CrossModalOutput(
             last_hidden_state=torch.cat(list(tokens.values()), dim=1),
@@ -513,6 +588,11 @@ class CrossModalModel(CrossModalPreTrainedModel):
             pooler_output=pooled,
             modality_weights=weights,
             modality_embeddings=embeddings,
+            unimodal_embeddings=self.pool_unimodal(levels, masks, spread)
+            if self.config.auxiliary_loss_weight
+            else None,
+            modality_log_variances=log_variances,
+            presence=presence,
             modality_tokens=tokens if output_hidden_states else None,
             token_grids={name: item.grid for name, item in encoded.items() if item.grid}
             if output_attentions
@@ -523,22 +603,6 @@ class CrossModalModel(CrossModalPreTrainedModel):
 
 def _full_mask(tokens, mask):
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
-
-
-class ClassificationHead(nn.Module):
-    """LN, linear, GELU, dropout, linear: (B,D) to (B,num_labels)."""
-
-    def __init__(self, config):
-        super().__init__()
-        width = config.classifier_hidden_size or 2 * config.hidden_size
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dense = nn.Linear(config.hidden_size, width)
-        self.activation = nn.GELU()
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(width, config.num_labels)
-
-    def forward(self, pooled):
-        return self.out_proj(self.dropout(self.activation(self.dense(self.norm(pooled)))))
 
 
 class CrossModalForVQA(CrossModalPreTrainedModel):
@@ -564,6 +628,8 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
         self.crossmodal = CrossModalModel(config, encoders)
         self.main_input_name = self.crossmodal.main_input_name
         self.classifier = ClassificationHead(config)
+        if config.auxiliary_loss_weight:
+            self.auxiliary = AuxiliaryHeads(config)
         self.post_init()
         self.crossmodal._apply_freezing()
 
@@ -575,6 +641,7 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
         attention_mask=None,
         labels=None,
         modality_mask=None,
+        task_ids=None,
         output_attentions=None,
         output_hidden_states=None,
         **named_inputs,
@@ -589,20 +656,38 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             modality_mask=modality_mask,
+            task_ids=task_ids,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
             **{key: value for key, value in named_inputs.items() if key != "return_dict"},
         )
         logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self._loss(logits, labels)
+        auxiliary_logits, auxiliary_losses = None, None
+        if self.config.auxiliary_loss_weight:
+            auxiliary_logits = self.auxiliary(outputs.unimodal_embeddings)
+            if labels is not None:
+                auxiliary_losses = unimodal_losses(
+                    auxiliary_logits,
+                    labels,
+                    outputs.presence,
+                    outputs.modality_log_variances,
+                    self.config.label_smoothing,
+                )
+                if self.training:
+                    # Left out of what an evaluation reports, so that losses compare with those of other models.
+                    loss = loss + self.config.auxiliary_loss_weight * auxiliary_losses.mean()
         return CrossModalClassifierOutput(
-            loss=None if labels is None else self._loss(logits, labels),
+            loss=loss,
             logits=logits,
             modality_weights=outputs.modality_weights,
             pooler_output=None if outputs.modality_tokens is None else outputs.pooler_output,
             modality_tokens=outputs.modality_tokens,
             token_grids=outputs.token_grids,
             cross_attentions=outputs.cross_attentions,
+            auxiliary_logits=auxiliary_logits,
+            auxiliary_losses=auxiliary_losses,
         )
 
     def _loss(self, logits, labels):
@@ -636,15 +721,20 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
         """
         self.config.problem_type = problem_type or self.config.problem_type
         known = {label: index for index, label in self.config.id2label.items()}
-        old = self.classifier.out_proj
-        new = nn.Linear(old.in_features, len(id2label), device=old.weight.device, dtype=old.weight.dtype)
-        self._init_weights(new)
-        with torch.no_grad():
-            for index, label in id2label.items():
-                if label in known:
-                    new.weight[index] = old.weight[known[label]]
-                    new.bias[index] = old.bias[known[label]]
-        self.classifier.out_proj = new
+
+        def resized(old):
+            new = nn.Linear(old.in_features, len(id2label), device=old.weight.device, dtype=old.weight.dtype)
+            self._init_weights(new)
+            with torch.no_grad():
+                for index, label in id2label.items():
+                    if label in known:
+                        new.weight[index] = old.weight[known[label]]
+                        new.bias[index] = old.bias[known[label]]
+            return new
+
+        self.classifier.out_proj = resized(self.classifier.out_proj)
+        if self.config.auxiliary_loss_weight:
+            self.auxiliary.classifiers = nn.ModuleList(map(resized, self.auxiliary.classifiers))
         self.config.id2label = dict(id2label)
         self.config.label2id = {label: index for index, label in id2label.items()}
 

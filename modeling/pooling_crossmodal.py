@@ -53,26 +53,45 @@ class TokenPooling(nn.Module):
 
 
 class ModalityWeighting(nn.Module):
-    """One weight per modality and row, over the modalities present.
+    """One weight per modality and row, over the modalities present, given the task k where a model serves several.
 
-    Adaptive: w = softmax over present m of (v . tanh(W pool_m) + b_m). Uniform: 1 / (number present).
+    Adaptive:    w = softmax over present m of a_m,  a_m = v . tanh(W pool_m + U e_k) + b_m + b_km
+    Uncertainty: w = softmax over present m of -s_m, s_m = a_m a log variance that auxiliary losses teach (see
+                 `unimodal_losses`): precision weighting
+    Uniform:     1 / (number present)
     """
 
     def __init__(self, config):
         super().__init__()
+        self.by_uncertainty = config.modality_weighting == "uncertainty"
         self.adaptive = config.modality_weighting == "adaptive" and len(config.modality_names) > 1
-        if self.adaptive:
+        if self.adaptive or self.by_uncertainty:
             self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
             self.score = nn.Linear(config.hidden_size, 1, bias=False)
             self.bias = nn.Embedding(len(config.modality_names), 1)
             # Equal weights at the start, whatever the pooled vectors are.
             self.score.initial_values = self.bias.initial_values = {"weight": 0.0}
+            if config.task_names:
+                self.task = nn.Embedding(len(config.task_names), config.hidden_size)
+                self.task_bias = nn.Embedding(len(config.task_names), len(config.modality_names))
+                self.task_bias.initial_values = {"weight": 0.0}
 
-    def forward(self, pooled, presence):
-        """pooled (B,M,D), 0 for the absent, presence (B,M) bool. Returns (B,M), 0 for the absent, rows sum to 1."""
-        if not self.adaptive:
+    def forward(self, pooled, presence, task_ids=None):
+        """pooled (B,M,D), 0 for the absent, presence (B,M) bool, task_ids (B,) where the model has tasks.
+
+        Returns weights (B,M), 0 for the absent, rows sum to 1; and log variances (B,M), or None.
+        """
+        if not self.adaptive and not self.by_uncertainty:
             weights = presence.to(pooled.dtype)
-            return weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
-        scores = self.score(torch.tanh(self.hidden(pooled))).squeeze(-1) + self.bias.weight.squeeze(-1)
-        scores = scores.float().masked_fill(~presence, torch.finfo(torch.float32).min)
-        return scores.softmax(dim=1).masked_fill(~presence, 0.0).to(pooled.dtype)
+            return weights / weights.sum(dim=1, keepdim=True).clamp(min=1), None
+        hidden, bias = self.hidden(pooled), self.bias.weight.squeeze(-1)
+        if task_ids is not None:
+            hidden, bias = hidden + self.task(task_ids)[:, None], bias + self.task_bias(task_ids)
+        scores = (self.score(torch.tanh(hidden)).squeeze(-1) + bias).float()
+        log_variances = None
+        if self.by_uncertainty:
+            # e^-s scales a loss: beyond these bounds one row would drown the others.
+            log_variances = scores.clamp(-4.0, 4.0)
+            scores = -log_variances
+        scores = scores.masked_fill(~presence, torch.finfo(torch.float32).min)
+        return scores.softmax(dim=1).masked_fill(~presence, 0.0).to(pooled.dtype), log_variances

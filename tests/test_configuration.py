@@ -162,7 +162,7 @@ BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_at
     [
         ({"fusion_type": "crosss"}, ["fusion_type='crosss'", "['cross', 'concat'", "FUSIONS"]),
         ({"fusion_levels": "mutli"}, ["fusion_levels='mutli'", "['multi', 'single']"]),
-        ({"modality_weighting": "adaptiv"}, ["modality_weighting='adaptiv'", "['adaptive', 'uniform']"]),
+        ({"modality_weighting": "adaptiv"}, ["modality_weighting='adaptiv'", "['adaptive', "]),
         ({"gate": "contents"}, ["gate='contents'", "['content', "]),
         ({"pooling": "max"}, ["pooling='max'", "'mean'"]),
         ({"problem_type": "multi_label"}, ["problem_type='multi_label'", "multi_label_classification"]),
