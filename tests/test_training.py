@@ -18,7 +18,7 @@ from crossmodal.training.publish import export_folder
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.tasks import VQATask
 from crossmodal.training.train import train
-from crossmodal.training.trainer import last_whole_checkpoint
+from crossmodal.training.trainer import TrainingDiverged, last_whole_checkpoint
 from datasets import Dataset
 from transformers import TrainingArguments
 from world import TINY_RECIPE, color_rows, tiny_processor_and_model
@@ -85,6 +85,54 @@ def test_the_log_shows_the_modality_weights(trained):
     assert logged
     for entry in logged:
         assert entry["weight_vision"] + entry["weight_text"] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_log_shows_how_modalities_share_the_work(tmp_path):
+    run = recipe(tmp_path / "run", training={"max_steps": 4, "logging_steps": 2, "max_grad_norm": 1e9})
+    run.model["config"] = {**run.model.get("config", {}), "auxiliary_loss_weight": 0.5}
+    logged = [e for e in train(run, color_rows(24), color_rows(12), write=quiet, export=False)["log"] if "loss" in e]
+    assert len(logged) == 2
+    for entry in logged:
+        for name in ("vision", "text"):
+            assert entry[f"auxiliary_loss_{name}"] > 0 and entry[f"gradient_norm_{name}"] > 0
+        both = (entry["gradient_norm_vision"] ** 2 + entry["gradient_norm_text"] ** 2) ** 0.5
+        assert both < entry["grad_norm"]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_no_number_stops_training_and_names_the_rows(tmp_path, where):
+    processor, model = tiny_processor_and_model()
+    task, samples = VQATask.from_config(model.config), RowDataset(color_rows(24), "vqa")
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=6, save_steps=2, learning_rate=0.0, use_cpu=True,
+        remove_unused_columns=False, disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+    seen = []
+
+    class Spoilt(SampleCollator):
+        def __call__(self, rows):
+            seen.append([row["row"] for row in rows])
+            batch = super().__call__(rows)
+            if len(seen) == 4 and where == "loss":
+                batch["pixel_values"][:] = torch.nan
+            return batch
+
+    trainer = CrossModalTrainer(
+        model=model, args=arguments, train_dataset=samples, data_collator=Spoilt(processor, task.encode_targets)
+    )
+    if where == "gradient":
+        steps = []
+        model.classifier.out_proj.weight.register_hook(
+            lambda gradient: steps.append(0) or (gradient * torch.nan if len(steps) == 4 else gradient)
+        )
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TrainingDiverged, match=f"the {where} .*nan at step 4 on rows .*checkpoint-2 is kept") as error:
+        trainer.train()
+    assert str(seen[3]) in str(error.value)
+    # Nothing of it reached the weights, and what was saved is whole.
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items() if "running" not in key
+               and "num_batches" not in key)  # fmt: skip
+    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", [])
 
 
 def test_trainer_divides_the_loss_by_accumulation_steps(tmp_path):

@@ -1,5 +1,7 @@
 """Samples to batches: the processor on the raw inputs, the task on the targets."""
 
+import torch
+
 
 class SampleCollator:
     """`[{"images": ..., "text": ..., "target": ...}, ...]` to the batch that the model takes, with `labels`.
@@ -8,12 +10,15 @@ class SampleCollator:
         processor: CrossModalProcessor.
         encode_targets: targets of a batch to the `labels` tensor; None leaves the labels out.
         deduplicate: encode an image that several rows of a batch share once.
+        row_ids: also say which rows of the dataset a batch holds, as `row_ids (B,)`. A model does not take them: see
+            `CrossModalTrainer`.
     """
 
-    def __init__(self, processor, encode_targets=None, deduplicate=True):
+    def __init__(self, processor, encode_targets=None, deduplicate=True, row_ids=False):
         self.processor = processor
         self.encode_targets = encode_targets
         self.deduplicate = deduplicate
+        self.row_ids = row_ids
 
     def __call__(self, samples):
         # A model may read fewer modalities than the rows have.
@@ -23,4 +28,6 @@ class SampleCollator:
         labels = {}
         if self.encode_targets is not None:
             labels = {"labels": self.encode_targets([sample["target"] for sample in samples])}
+        if self.row_ids and all("row" in sample for sample in samples):
+            labels["row_ids"] = torch.tensor([sample["row"] for sample in samples])
         return labels | dict(self.processor(**inputs, deduplicate=self.deduplicate))

@@ -178,7 +178,7 @@ def hold_out(rows, task, part):
 
 
 class RowDataset(Dataset):
-    """Samples of a split: `{input of the processor: raw value, ..., "target": what the task learns from}`.
+    """Samples of a split: `{input of the processor: raw value, ..., "target": what the task learns from, "row": n}`.
 
     Args:
         rows: a `datasets.Dataset`.
@@ -217,7 +217,7 @@ class RowDataset(Dataset):
                     raise ValueError(f"row {index} of the dataset, column {column!r}: {error}") from error
         if self.augment:
             sample = self.augment(sample)
-        return sample | {"target": self.targets[index]}
+        return sample | {"target": self.targets[index], "row": index}
 
 
 @lru_cache(maxsize=64)

@@ -1,9 +1,10 @@
-"""The few overrides of transformers' Trainer: learning rates per component, modality weights in the log."""
+"""The few overrides of transformers' Trainer: learning rates per component, the balance of modalities, divergence."""
 
 import json
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -12,8 +13,17 @@ from .collator import SampleCollator
 from .datasets import GroupedSampler
 
 
+class TrainingDiverged(ValueError):
+    """A loss or a gradient that is no number any more."""
+
+
 class CrossModalTrainer(Trainer):
     """Trainer for any model of the family, alone or under peft.
+
+    The log has, beside the loss, how the modalities share the work: `weight_<m>` (their mean weight since the last entry),
+    `auxiliary_loss_<m>` (of the modality alone, where the config asks for it) and `gradient_norm_<m>` (of its encoder and
+    its projection at this step, after clipping). Training stops with `TrainingDiverged` at the first loss or gradient that
+    is not finite, before it reaches the weights.
 
     Args:
         learning_rates: component to learning rate. Components are the modality names (their encoders), `fusion`
@@ -28,7 +38,10 @@ class CrossModalTrainer(Trainer):
         if self.args.n_gpu > 1 and hasattr(self.data_collator, "deduplicate"):
             # torch.nn.DataParallel cuts every tensor of a batch alike, also those with one row per image.
             self.data_collator.deduplicate = False
-        self._weight_sums = None
+        if hasattr(self.data_collator, "row_ids"):
+            self.data_collator.row_ids = True
+        self._balance, self._gradient_norms, self._rows = {}, {}, []
+        self.add_callback(_GradientNorms(self._gradient_norms))
         names = self.model.config.modality_names
         for component in self.learning_rates:
             if component not in (*names, "fusion", "head"):
@@ -67,23 +80,75 @@ class CrossModalTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        weights = outputs.get("modality_weights") if hasattr(outputs, "get") else None
-        if weights is not None and model.training:
-            sums = weights.detach().float().mean(dim=0)
-            self._weight_sums = (
-                (sums, 1) if self._weight_sums is None else (self._weight_sums[0] + sums, self._weight_sums[1] + 1)
-            )
+        if model.training:
+            if not loss.isfinite().all():
+                self._stop(f"the loss is {loss.detach().float().mean().item()}")
+            for kind, key in (("weight", "modality_weights"), ("auxiliary_loss", "auxiliary_losses")):
+                values = outputs.get(key) if hasattr(outputs, "get") else None
+                if values is not None:
+                    self._balance.setdefault(kind, []).append(
+                        values.detach().float().view(-1, values.shape[-1]).mean(0)
+                    )
         return (loss, outputs) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs):
+        rows = inputs.pop("row_ids", None) if hasattr(inputs, "pop") else None
+        self._rows = [] if rows is None else rows.tolist()
+        return super()._prepare_inputs(inputs)
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        # Scaled float16 gradients overflow now and then, and the scaler then skips the step.
+        if (
+            norm is not None
+            and self.accelerator.mixed_precision != "fp16"
+            and not torch.as_tensor(norm).isfinite().all()
+        ):
+            self._stop(f"the gradient has norm {float(norm)}")
+        return norm
+
+    def _stop(self, what):
+        rows = f" on rows {self._rows[:16]}{' and more' if len(self._rows) > 16 else ''} of the training data"
+        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        raise TrainingDiverged(
+            f"{what} at step {self.state.global_step + 1}{rows if self._rows else ''}. Look at the inputs of these rows, or "
+            f"lower learning_rate={self.args.learning_rate} or max_grad_norm={self.args.max_grad_norm}. "
+            + (
+                f"{Path(last).name} is kept: the same command goes on from there."
+                if last
+                else "No checkpoint was saved yet."
+            )
+        )
 
     def log(self, logs, start_time=None):
         # A fusion that leans on one modality alone is the classic failure: it must be seen while it happens.
-        if self._weight_sums is not None and "loss" in logs:
-            means = (self._weight_sums[0] / self._weight_sums[1]).tolist()
-            logs |= {
-                f"weight_{name}": round(w, 4) for name, w in zip(self.model.config.modality_names, means, strict=True)
-            }
-            self._weight_sums = None
+        if "loss" in logs:
+            for kind, values in self._balance.items():
+                means = torch.stack(values).mean(0).tolist()
+                names = self.model.config.modality_names
+                logs |= {f"{kind}_{name}": round(mean, 4) for name, mean in zip(names, means, strict=True)}
+            logs |= self._gradient_norms
+            self._balance.clear()
+            self._gradient_norms.clear()
         super().log(logs, start_time)
+
+
+class _GradientNorms(TrainerCallback):
+    """Writes the norm of each modality's gradients into `norms`, at steps that are logged."""
+
+    def __init__(self, norms):
+        self.norms = norms
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if (state.global_step + 1) % max(1, state.logging_steps or 1):
+            return
+        squares = {}
+        for name, parameter in model.named_parameters():
+            modality = modality_of(name)
+            if parameter.grad is not None and modality is not None:
+                norm = torch.linalg.vector_norm(parameter.grad.detach().float())
+                squares[modality] = squares.get(modality, 0.0) + (norm**2).item()
+        self.norms.update({f"gradient_norm_{name}": round(value**0.5, 6) for name, value in squares.items()})
 
 
 def component_of(parameter_name):
@@ -92,6 +157,15 @@ def component_of(parameter_name):
     if "encoders" in parts:
         return parts[parts.index("encoders") + 1]
     return "fusion" if "crossmodal" in parts else "head"
+
+
+def modality_of(parameter_name):
+    """The modality whose encoder or projection a parameter belongs to, or None."""
+    parts = parameter_name.split(".")
+    for room in ("encoders", "projections"):
+        if room in parts:
+            return parts[parts.index(room) + 1]
+    return None
 
 
 def last_whole_checkpoint(folder):
