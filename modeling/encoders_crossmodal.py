@@ -45,6 +45,27 @@ class EncodedModality:
         return values
 
 
+def pack_tokens(encoded):
+    """Levels of an EncodedModality side by side, as `<name>_tokens` of a forward takes them.
+
+    (B,T,sum of D_k), or (B,h,w,sum of D_k) for a grid whose tokens do not know yet where they are.
+    """
+    tokens = torch.cat(encoded.levels, dim=-1)
+    return tokens if encoded.positioned or encoded.grid is None else tokens.unflatten(1, encoded.grid)
+
+
+def unpack_tokens(name, tokens, mask, widths):
+    """The EncodedModality that `pack_tokens` packed. widths: of the tapped levels, mask (B,T) or None."""
+    if tokens.dim() not in (3, 4) or tokens.shape[-1] != sum(widths):
+        raise ValueError(
+            f"{name}_tokens has shape {tuple(tokens.shape)}. Expected (batch, tokens, {sum(widths)}) or (batch, height, width, "
+            f"{sum(widths)}): the tapped levels of {name!r}, of widths {widths}, side by side, as `encode_tokens` returns them."
+        )
+    grid = tuple(tokens.shape[1:3]) if tokens.dim() == 4 else None
+    levels = list((tokens.flatten(1, 2) if grid else tokens).split(widths, dim=-1))
+    return EncodedModality(levels, None if mask is None else mask.bool(), grid, positioned=grid is None)
+
+
 def sine_positions(positions, size, temperature=10000.0):
     """Sine and cosine of positions (T,) at `size/2` wavelengths (Vaswani et al. 2017). Returns (T,size)."""
     frequencies = torch.exp(

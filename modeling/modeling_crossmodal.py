@@ -27,7 +27,9 @@ from .encoders_crossmodal import (
     has_batch_norm,
     keep_all_layers,
     limit_tokens,
+    pack_tokens,
     supported_attention,
+    unpack_tokens,
 )
 from .fusion_crossmodal import FUSIONS, StaticGate
 from .heads_crossmodal import AuxiliaryHeads, ClassificationHead
@@ -322,6 +324,9 @@ class CrossModalModel(CrossModalPreTrainedModel):
             self._input_names |= {f"{values}_index": (name, 2), f"{own_values}_index": (name, 2)}
             if mask:
                 self._input_names |= {mask: (name, 1), f"{name}_{mask}": (name, 1)}
+            # What `encode_tokens` returned of a frozen encoder, in place of its inputs.
+            self._input_names |= {f"{name}_tokens": (name, 3), f"{name}_tokens_mask": (name, 4)}
+            self._input_names |= {f"{name}_tokens_index": (name, 2)}
             if index == 0:
                 self.main_input_name = values
         self.post_init()
@@ -344,7 +349,10 @@ class CrossModalModel(CrossModalPreTrainedModel):
         return self
 
     def _collect_inputs(self, inputs, modality_mask):
-        """Sorts forward's arguments by modality: {name: (values, mask, index)} in the order of the config."""
+        """Sorts forward's arguments by modality: {name: (values, mask, index, encoded)} in the order of the config.
+
+        Where tokens were given, encoded is true, and values and mask are theirs.
+        """
         given = {}
         for key, value in inputs.items():
             if key not in self._input_names:
@@ -354,13 +362,24 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 raise TypeError(f"{type(self).__name__} got an input {key!r}. Expected any of {near}.")
             if value is not None:
                 name, position = self._input_names[key]
-                given.setdefault(name, [None, None, None])[position] = value
-        collected = {n: tuple(given[n]) for n in self.config.modality_names if n in given and given[n][0] is not None}
+                given.setdefault(name, [None] * 5)[position] = value
+        collected = {}
+        for name in self.config.modality_names:
+            values, mask, index, tokens, tokens_mask = given.get(name, [None] * 5)
+            if tokens is not None:
+                if self.training and name not in self.config.frozen_modalities:
+                    raise ValueError(
+                        f"{name}_tokens was given in training, and {name!r} is not frozen: its encoder would learn nothing. "
+                        f"Give its inputs, or call model.freeze({name!r})."
+                    )
+                collected[name] = (tokens, tokens_mask, index, True)
+            elif values is not None:
+                collected[name] = (values, mask, index, False)
         if not collected:
             raise ValueError(
                 f"No modality was given. Pass at least one of {[self.config.input_keys(n)[0] for n in self.encoders]}."
             )
-        sizes = {name: len(values if index is None else index) for name, (values, _, index) in collected.items()}
+        sizes = {name: len(values if index is None else index) for name, (values, _, index, _) in collected.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"Modalities have different batch sizes: {sizes}. Give one row each, and modality_mask.")
         return collected
@@ -368,11 +387,11 @@ class CrossModalModel(CrossModalPreTrainedModel):
     def encode(self, inputs, modality_mask=None):
         """Raw batches to tokens at the tapped depths.
 
-        inputs {modality: (values, mask or None, index or None)}, modality_mask (B,M) bool or None. Returns
+        inputs {modality: (values, mask or None, index or None, whether they are tokens)}, modality_mask (B,M) bool or None. Returns
         ({modality: EncodedModality} for what is present, presence (B,M) bool).
         """
         names = self.config.modality_names
-        values, _, rows = next(iter(inputs.values()))
+        values, _, rows, _ = next(iter(inputs.values()))
         presence = torch.tensor([name in inputs for name in names], device=values.device)
         presence = presence.expand(len(values if rows is None else rows), len(names))
         if modality_mask is not None:
@@ -409,11 +428,28 @@ class CrossModalModel(CrossModalPreTrainedModel):
         kept = presence & (draw >= rates.to(presence.device))
         return torch.where(kept.any(dim=1, keepdim=True), kept, presence & last)
 
-    def _encode_one(self, name, values, mask, index, present):
+    @torch.no_grad()
+    def encode_tokens(self, name, values, mask=None):
+        """What a frozen encoder makes of its inputs, to be computed once and given as `<name>_tokens` afterwards.
+
+        Args:
+            name: modality. values, mask: what its encoder reads, (B,...) and (B, positions) or None.
+
+        Returns:
+            tokens (B,T,W) or (B,h,w,W) with the tapped levels side by side, and their mask (B,T) bool or None.
+        """
+        self._known([name])
+        training = self.encoders[name].training
+        self.encoders[name].eval()
+        encoded = self._encode_one(name, values, mask, None, False, None)
+        self.encoders[name].train(training)
+        return pack_tokens(encoded), encoded.mask
+
+    def _encode_one(self, name, values, mask, index, is_encoded, present):
         """One modality of a batch. Every distinct input is encoded once, and only if a row that has it needs it.
 
         values (U,...), mask (U, positions) or None, index (B,) long: the input of each row, or None if row i has input i;
-        present (B,) bool or None. Returns an EncodedModality, or None if no row has this modality.
+        is_encoded: they are tokens; present (B,) bool or None. Returns an EncodedModality, or None if no row has this modality.
         """
         encoder, kind = self.encoders[name], self.config.modality_settings[name]["type"]
         if torch.compiler.is_compiling():
@@ -432,11 +468,16 @@ class CrossModalModel(CrossModalPreTrainedModel):
             index = torch.zeros(len(present), dtype=torch.long, device=values.device).index_copy(0, rows, inverse)
         else:
             present = None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.config.frozen_modalities):
-            encoded = encode_modality(encoder, kind, values, mask, self.config.levels_of(name))
-        limit = self.config.modality_settings[name].get("max_tokens")
-        if limit is not None:
-            encoded = limit_tokens(encoded, limit)
+        levels = self.config.levels_of(name)
+        if is_encoded:
+            sizes = self.config.level_sizes_of(name)
+            encoded = unpack_tokens(name, values, mask, [sizes[level] for level in levels])
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.config.frozen_modalities):
+                encoded = encode_modality(encoder, kind, values, mask, levels)
+            limit = self.config.modality_settings[name].get("max_tokens")
+            if limit is not None:
+                encoded = limit_tokens(encoded, limit)
         encoded.index, encoded.present = index, present
         return encoded
 
@@ -546,7 +587,8 @@ class CrossModalModel(CrossModalPreTrainedModel):
             pixel_values_videos: (B,frames,3,H,W).
             named_inputs: `<name>_values (B,T,...)` and `<name>_mask (B,T)` of feature sequences, and inputs of further
                 modalities prefixed with their name. Any values may come with `<key>_index (B,)` long: which of the inputs each
-                row uses, so that an image that many rows ask about is encoded once.
+                row uses, so that an image that many rows ask about is encoded once. `<name>_tokens`, with
+                `<name>_tokens_mask`, take the place of the inputs of a frozen encoder (see `encode_tokens`).
             modality_mask: (B,M) bool, False where a row lacks a modality; columns in the order of
                 `config.modality_names`. What stands in the inputs of such a row does not matter.
             task_ids: (B,) long, which of `config.task_names` each row is for.

@@ -185,7 +185,9 @@ class CrossModalProcessor(ProcessorMixin):
             sampling_rate: in Hz, of the waveforms.
             deduplicate: give an image object that several rows share once, with `<key>_index (B,)` saying which row uses
                 which: the model then encodes it once.
-            named: further modalities by name, and feature sequences (T,...) as arrays, tensors or lists of them.
+            named: further modalities by name, and feature sequences (T,...) as arrays, tensors or lists of them. Also
+                `<name>_tokens`: tokens (T,W) or (h,w,W) of a frozen encoder (`model.base_model.encode_tokens`), a list with
+                one array per row, in place of the raw inputs of that modality.
 
         Returns:
             BatchFeature with the model's input keys, and `modality_mask (B,M)` bool if a row lacks a modality that
@@ -194,8 +196,9 @@ class CrossModalProcessor(ProcessorMixin):
         Raises:
             ValueError: naming the row and what to do, for anything that cannot be read.
         """
+        tokens = {name: f"{name}_tokens" for name in self.modality_names if named.get(f"{name}_tokens") is not None}
         given = {"images": images, "text": text, "audio": audio, "videos": videos, **named}
-        columns = self._columns({key: value for key, value in given.items() if value is not None})
+        columns = self._columns({key: value for key, value in given.items() if value is not None}, tokens)
         count = len(next(iter(columns.values())))
         present = np.array(
             [[item is not None for item in columns.get(n, [None] * count)] for n in self.modality_names]
@@ -209,36 +212,42 @@ class CrossModalProcessor(ProcessorMixin):
                 rows = np.flatnonzero(has)
                 items = [columns[modality["name"]][row] for row in rows]
                 index, shown = None, rows
-                if deduplicate and modality["type"] in ("vision", "video"):
+                values = tokens.get(modality["name"], modality["values"])
+                if deduplicate and (modality["type"] in ("vision", "video") or modality["name"] in tokens):
                     places = {}
                     index = torch.tensor([places.setdefault(id(item), len(places)) for item in items])
                     firsts = [int((index == place).nonzero()[0]) for place in places.values()]
                     items, shown = [items[first] for first in firsts], rows[firsts]
-                if modality["type"] == "audio":
+                if modality["name"] in tokens:
+                    made = _pad_tokens(modality["name"], items, shown)
+                elif modality["type"] == "audio":
                     made = self._process_audio_rows(modality, items, shown, sampling_rate)
                 else:
                     made = getattr(self, f"_process_{modality['type']}_rows")(modality, items, shown)
                 if index is None or len(shown) == len(rows):
                     made = {key: _spread(values, rows, count) for key, values in made.items()}
                 else:
-                    made[f"{modality['values']}_index"] = _spread(index, rows, count)
+                    made[f"{values}_index"] = _spread(index, rows, count)
                 data |= made
         partly = present.any(axis=1) & ~present.all(axis=1)
         if partly.any():
             data["modality_mask"] = torch.from_numpy(present.T.copy())
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _columns(self, given):
-        """Arguments of `__call__` to {modality: one item per row}."""
+    def _columns(self, given, tokens):
+        """Arguments of `__call__` to {modality: one item per row}. tokens {modality: argument that holds its tokens}."""
         arguments = {self.argument_of(name): name for name in self.modality_names}
         names = arguments | {name: name for name in self.modality_names}
+        names |= {argument: name for name, argument in tokens.items()}
         columns, single = {}, {}
         for key, value in given.items():
             if key not in names:
                 raise ValueError(f"{key}=... is no input of this processor. Expected any of {sorted(arguments)}.")
             name = names[key]
+            if name in tokens and key != tokens[name]:
+                continue
             kind = next(modality["type"] for modality in self.modalities if modality["name"] == name)
-            rows = _as_rows(kind, value)
+            rows = list(value) if name in tokens else _as_rows(kind, value)
             if rows is None:
                 single[name] = value
             else:
@@ -390,6 +399,22 @@ def _as_rows(kind, value):
     axes = getattr(value, "ndim", None)
     single_axes = {"vision": 3, "audio": 1, "features": 2}.get(kind, 0)
     return list(value) if axes is not None and axes > single_axes else None
+
+
+def _pad_tokens(name, items, rows):
+    """Tokens of several rows as one batch: `<name>_tokens`, and `<name>_tokens_mask` if their numbers differ."""
+    items = [torch.as_tensor(item) for item in items]
+    for row, item in zip(rows, items, strict=True):
+        if item.dim() not in (2, 3) or item.shape[-1] != items[0].shape[-1] or item.dim() != items[0].dim():
+            raise ValueError(
+                f"{name}_tokens of row {row} has shape {tuple(item.shape)}. Expected (tokens, width) or (height, width of the "
+                "grid, width) as `encode_tokens` gives them, alike in every row."
+            )
+    if len({item.shape for item in items}) == 1:
+        return {f"{name}_tokens": torch.stack(items)}
+    padded = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
+    lengths = torch.tensor([len(item) for item in items])
+    return {f"{name}_tokens": padded, f"{name}_tokens_mask": torch.arange(padded.shape[1]) < lengths[:, None]}
 
 
 def _spread(values, rows, count):

@@ -22,8 +22,15 @@ class SampleCollator:
 
     def __call__(self, samples):
         # A model may read fewer modalities than the rows have.
-        keys = map(self.processor.argument_of, self.processor.modality_names)
-        inputs = {key: [sample.get(key) for sample in samples] for key in keys}
+        inputs = {}
+        for name in self.processor.modality_names:
+            key = self.processor.argument_of(name)
+            if any(f"{name}_tokens" in sample for sample in samples):
+                # Rows that share an input share its tokens too.
+                shared = {sample[f"{name}_key"]: sample[f"{name}_tokens"] for sample in samples}
+                inputs[f"{name}_tokens"] = [shared[sample[f"{name}_key"]] for sample in samples]
+            else:
+                inputs[key] = [sample.get(key) for sample in samples]
         # Labels first: Trainer takes the length of the first tensor for the size of the batch.
         labels = {}
         if self.encode_targets is not None:

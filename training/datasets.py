@@ -207,17 +207,35 @@ class RowDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
+        return self.sample(index)
+
+    def sample(self, index, leave_out=()):
+        """A sample without the inputs named in `leave_out`, which are then not decoded either."""
         row = self.rows[index]
-        sample = {key: row[column] for key, column in self.adapter.inputs.items()}
-        for key, column in self.adapter.inputs.items():
-            if column in self.adapter.images and row[column] is not None:
-                try:
-                    sample[key] = _read_once(row[column].get("bytes") or row[column].get("path"))
-                except ValueError as error:
-                    raise ValueError(f"row {index} of the dataset, column {column!r}: {error}") from error
+        sample = {key: self._read(index, row, key) for key in self.adapter.inputs if key not in leave_out}
         if self.augment:
             sample = self.augment(sample)
         return sample | {"target": self.targets[index], "row": index}
+
+    def raw_column(self, key):
+        """Iterates over the values of an input as they are stored: images as `{"bytes", "path"}`."""
+        column = self.adapter.inputs.get(key)
+        if column is None:
+            return iter([None] * len(self))
+        return (row[column] for row in self.rows.select_columns([column]))
+
+    def input_of(self, index, key):
+        """One input of a row, decoded."""
+        return self._read(index, self.rows[index], key)
+
+    def _read(self, index, row, key):
+        column = self.adapter.inputs[key]
+        if column not in self.adapter.images or row[column] is None:
+            return row[column]
+        try:
+            return _read_once(row[column].get("bytes") or row[column].get("path"))
+        except ValueError as error:
+            raise ValueError(f"row {index} of the dataset, column {column!r}: {error}") from error
 
 
 @lru_cache(maxsize=64)

@@ -33,6 +33,8 @@ class Recipe:
             `{model: ..., levels: ...}`), `config` (fields of CrossModalConfig), `freeze`.
         processor: `image_size` [height, width] for encoders without an image processor of their own; `tokenizer`: a Hub
             id or folder, or `train` to train one of `vocab_size` on the questions.
+        token_cache: folder for the tokens of frozen encoders, which are then computed once, or true for the cache folder of
+            Hugging Face.
         learning_rates: per modality encoder, `fusion` and `head`; others take `training.learning_rate`.
         training: arguments of transformers' TrainingArguments.
         warm_up: stages on other data before this run, a list of `dataset` with any of `rows`, `train_split`, `augment`,
@@ -57,6 +59,7 @@ class Recipe:
     rows_per_image: int = 1
     model: dict = field(default_factory=dict)
     processor: dict = field(default_factory=dict)
+    token_cache: str | bool | None = None
     learning_rates: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     early_stopping_patience: int | None = None

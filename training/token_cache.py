@@ -1,0 +1,211 @@
+"""Tokens of frozen encoders, computed once and read from memory-mapped files afterwards.
+
+An entry is found by what it depends on: the content of the input, and the encoder with its weights, the depths that are
+tapped and the processor (together the name of the folder). Whatever of these changes, misses.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub.constants import HF_HOME
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+
+# Inputs of one file: large enough for few files, small enough to lose little when a run is cut off.
+_CHUNK = 512
+_SUB_PROCESSORS = {"vision": "image_processor", "text": "tokenizer", "audio": "feature_extractor"}
+
+
+def content_key(value):
+    """Hash of a raw input: text, encoded or decoded image, array, or a dict of them."""
+    digest = hashlib.sha256()
+    _update(digest, value)
+    return digest.hexdigest()[:32]
+
+
+def _update(digest, value):
+    if isinstance(value, dict):
+        if value.get("bytes") is None and value.get("path") is not None:
+            value = Path(value["path"]).read_bytes()
+        elif value.get("bytes") is not None:
+            value = value["bytes"]
+    if isinstance(value, str):
+        digest.update(b"text" + value.encode())
+    elif isinstance(value, bytes):
+        digest.update(b"file" + value)
+    elif isinstance(value, dict):
+        for key in sorted(value):
+            digest.update(key.encode())
+            _update(digest, value[key])
+    elif hasattr(value, "tobytes") and hasattr(value, "mode"):
+        digest.update(f"image{value.mode}{value.size}".encode() + value.tobytes())
+    else:
+        array = np.ascontiguousarray(value)
+        digest.update(f"array{array.dtype}{array.shape}".encode() + array.tobytes())
+
+
+def _hash_of_encoder(model, processor, name):
+    """Hash of all that the tokens of a modality depend on, but its inputs."""
+    encoder, config = model.base_model.encoders[name], model.config
+    digest = hashlib.sha256()
+    settings = next(entry for entry in processor.modalities if entry["name"] == name)
+    part = getattr(processor, _SUB_PROCESSORS.get(settings["type"], ""), None)
+    made_by = part.to_json_string() if hasattr(part, "to_json_string") else ""
+    if hasattr(part, "backend_tokenizer"):
+        # Padding and truncation are those of its last call.
+        rules = json.loads(part.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        made_by = json.dumps(rules, sort_keys=True) + repr(part)
+    known = (type(encoder).__name__, config.levels_of(name), config.modality_settings[name], settings, made_by)
+    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    digest.update(getattr(config, f"{name}_config").to_json_string(use_diff=False).encode())
+    for key, value in encoder.state_dict().items():
+        digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+class TokenCache:
+    """Tokens of the frozen encoders of a model.
+
+    Args:
+        model: a model of the family with frozen encoders. processor: its processor.
+        folder: of the files, for any number of encoders; None: `crossmodal/tokens` in the cache folder of Hugging Face.
+        dtype: of the stored tokens, "float32" or "float16" (half the room, rounded).
+
+    Raises:
+        ValueError: if no encoder of the model is frozen.
+    """
+
+    def __init__(self, model, processor, folder=None, dtype="float32"):
+        self.names = list(model.config.frozen_modalities)
+        if not self.names:
+            raise ValueError(
+                "no encoder of this model is frozen: what a training encoder makes of its inputs changes with every step. "
+                f"Freeze some of {model.config.modality_names}, or leave the cache of tokens out."
+            )
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype={dtype!r} of the cache of tokens. Expected 'float32' or 'float16'.")
+        self.model, self.processor, self.dtype = model, processor, dtype
+        root = Path(HF_HOME, "crossmodal", "tokens") if folder is None else Path(folder)
+        self.stores = {
+            name: _Store(root / f"{name}-{_hash_of_encoder(model, processor, name)}-{dtype}") for name in self.names
+        }
+
+    def fill(self, dataset, batch_size=64, progress=True):
+        """Computes what is missing of a `RowDataset`.
+
+        Returns:
+            a `CachedDataset` over it, and the number of inputs that had to be computed.
+        """
+        keys, computed = {}, 0
+        for name in self.names:
+            argument, store = self.processor.argument_of(name), self.stores[name]
+            keys[name] = [None if value is None else content_key(value) for value in dataset.raw_column(argument)]
+            missing = {key: row for row, key in enumerate(keys[name]) if key is not None and key not in store}
+            computed += len(missing)
+            with tqdm(
+                total=len(missing), desc=f"tokens of {name}", disable=not progress or not missing, leave=False
+            ) as bar:
+                for chunk in _batches(list(missing.items()), _CHUNK):
+                    tokens = []
+                    for batch in _batches(chunk, batch_size):
+                        tokens += self._encode(name, [dataset.input_of(row, argument) for _, row in batch])
+                        bar.update(len(batch))
+                    store.write([key for key, _ in chunk], tokens)
+        return CachedDataset(dataset, self, keys), computed
+
+    def _encode(self, name, items):
+        """Tokens of raw inputs, one array (T,W) or (h,w,W) each."""
+        values, mask = self.model.config.input_keys(name)
+        batch = self.processor(**{self.processor.argument_of(name): items}).to(self.model.device)
+        tokens, real = self.model.base_model.encode_tokens(name, batch[values], batch.get(mask) if mask else None)
+        tokens = tokens.to(getattr(torch, self.dtype)).cpu()
+        return [row.numpy() if real is None else row[real[index].cpu()].numpy() for index, row in enumerate(tokens)]
+
+
+def _batches(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+class CachedDataset(Dataset):
+    """A `RowDataset` whose samples hold `<name>_tokens` of frozen encoders in place of their raw inputs."""
+
+    def __init__(self, dataset, cache, keys):
+        if dataset.augment:
+            raise ValueError(
+                "augment changes inputs at every step, and the cache of tokens holds what they were. Leave one of the two out."
+            )
+        self.dataset, self.stores, self.keys = dataset, cache.stores, keys
+        self.cached = {cache.processor.argument_of(name): name for name in keys}
+        self.targets, self.groups = dataset.targets, dataset.groups
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        sample = self.dataset.sample(index, leave_out=self.cached)
+        for name, keys in self.keys.items():
+            key = keys[index]
+            sample[f"{name}_tokens"] = None if key is None else self.stores[name].read(key)
+            sample[f"{name}_key"] = key
+        return sample
+
+
+class _Store:
+    """Arrays by key, in files of many: `<n>.tokens` holds the numbers, `<n>.json` says where each array lies.
+
+    A file has its name only once it is whole, the numbers before their listing: a process that is killed while it writes
+    leaves nothing that is taken for an entry.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.places, self._maps = Path(folder), {}, {}
+        for listing in sorted(self.folder.glob("*.json")):
+            entry = json.loads(listing.read_text())
+            numbers = listing.with_suffix(".tokens")
+            if numbers.exists() and numbers.stat().st_size == entry["bytes"]:
+                self._list(numbers, entry)
+
+    def _list(self, numbers, entry):
+        for key, (offset, shape) in entry["arrays"].items():
+            self.places[key] = (numbers, entry["dtype"], offset, tuple(shape))
+
+    def __contains__(self, key):
+        return key in self.places
+
+    def __len__(self):
+        return len(self.places)
+
+    def read(self, key):
+        numbers, dtype, offset, shape = self.places[key]
+        if numbers not in self._maps:
+            self._maps[numbers] = np.memmap(numbers, dtype=dtype, mode="r")
+        return np.array(self._maps[numbers][offset : offset + int(np.prod(shape))]).reshape(shape)
+
+    def write(self, keys, arrays):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        offsets = np.cumsum([0, *(array.size for array in arrays)]).tolist()
+        listed = {key: [offset, array.shape] for key, offset, array in zip(keys, offsets, arrays, strict=False)}
+        dtype = str(arrays[0].dtype)
+        entry = {"dtype": dtype, "bytes": offsets[-1] * np.dtype(dtype).itemsize, "arrays": listed}
+        numbers = self.folder / f"{keys[0]}.tokens"
+        self._write_whole(numbers, (array.tobytes() for array in arrays))
+        self._write_whole(numbers.with_suffix(".json"), [json.dumps(entry).encode()])
+        self._maps.pop(numbers, None)
+        self._list(numbers, entry)
+
+    def _write_whole(self, path, parts):
+        handle, aside = tempfile.mkstemp(dir=self.folder, suffix=".writing")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                for part in parts:
+                    file.write(part)
+            os.replace(aside, path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
