@@ -353,7 +353,8 @@ def test_a_stage_of_a_preset_may_train_one_of_its_modalities(tmp_path):
 
 def test_the_checkpoint_is_chosen_on_rows_held_out_of_training(tmp_path):
     lines = []
-    run = recipe(tmp_path / "run", training={"num_train_epochs": 2}, holdout=0.3)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    run = recipe(tmp_path / "run", training={"num_train_epochs": 2, **workers}, holdout=0.3)
     rows = color_rows(60)
     result = train(run, rows, color_rows(12), write=lines.append)
     kept, held = hold_out(rows, "vqa", 0.3)

@@ -257,5 +257,6 @@ def _score_on(trainer, task, dataset):
 def score(trainer, task, dataset):
     """{"loss", metrics of the task} of a trainer's model on a dataset, gathered from all ranks."""
     _score_on(trainer, task, dataset)
-    found = {key.removeprefix("eval_"): value for key, value in trainer.evaluate(dataset).items()}
+    # With workers that persist, `evaluate` would take the loader of the dataset that it had before, whatever it is given.
+    found = {key.removeprefix("test_"): value for key, value in trainer.predict(dataset).metrics.items()}
     return {key: value for key, value in found.items() if key == "loss" or key in task.metrics}
