@@ -4,7 +4,7 @@ import datasets
 import pytest
 import torch
 from crossmodal.training.collator import SampleCollator
-from crossmodal.training.datasets import GroupedSampler, RowDataset, find_adapter, load_rows, permute_boxes
+from crossmodal.training.datasets import AUGMENTATIONS, GroupedSampler, RowDataset, find_adapter, load_rows
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.tasks import VQATask
 from PIL import Image
@@ -90,20 +90,26 @@ def test_boolean_labels_of_nlvr_are_answers():
     assert RowDataset(rows, "vqa").targets == ["true", "false"]
 
 
-def test_permuted_boxes_are_the_same_boxes():
-    image = Image.new("RGB", (320, 100), "white")
-    shades = [(10, 0, 0), (20, 0, 0), (30, 0, 0)]
+def test_permuted_boxes_are_the_same_boxes_in_every_order():
+    shades = [(10, 10, 10), (20, 20, 20), (30, 30, 30)]
+    image = Image.new("RGB", (320, 100), (255, 255, 255))
     for box, shade in enumerate(shades):
         image.paste(shade, (box * 110, 0, box * 110 + 100, 100))
-    seen = set()
-    for _ in range(60):
-        permuted = permute_boxes({"images": image})["images"]
-        order = tuple(permuted.getpixel((box * 110 + 50, 50)) for box in range(3))
-        assert sorted(order) == shades and permuted.getpixel((105, 50)) == (255, 255, 255)
-        seen.add(order)
-    assert len(seen) == 6
+    variants = AUGMENTATIONS["permute_boxes"].variants
+    seen = []
+    for variant in variants:
+        permuted = variant(image)
+        seen.append(tuple(permuted.getpixel((box * 110 + 50, 50)) for box in range(3)))
+        assert sorted(seen[-1]) == shades and permuted.getpixel((105, 50)) == (255, 255, 255)
+    assert len(set(seen)) == 6 and seen[0] == tuple(shades)
     with pytest.raises(ValueError, match="does not hold 3 square boxes"):
-        permute_boxes({"images": Image.new("RGB", (100, 100))})
+        variants[1](Image.new("RGB", (100, 100)))
+    columns = {"image": [image] * 2, "sentence": ["s", "t"], "label": [True, False]}
+    rows = RowDataset(
+        datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()), "vqa", augment="permute_boxes"
+    )
+    drawn = {rows[0]["images"].getpixel((50, 50)) for _ in range(100)}
+    assert drawn == set(shades)
 
 
 def test_a_folder_that_holds_only_a_test_file_has_just_that_split(tmp_path):

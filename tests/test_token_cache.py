@@ -16,7 +16,7 @@ from crossmodal.training.collator import SampleCollator
 from crossmodal.training.datasets import RowDataset
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.tasks import VQATask
-from crossmodal.training.token_cache import CachedDataset, TokenCache, _Store, content_key
+from crossmodal.training.token_cache import TokenCache, _Store, content_key
 from crossmodal.training.train import train
 from datasets import Dataset
 from datasets import Image as ImageFeature
@@ -120,6 +120,27 @@ def test_whatever_changes_misses(frozen, tmp_path):
     assert missing() == 0 and computed > 6
 
 
+def test_every_variant_of_an_augmentation_is_cached(frozen, tmp_path):
+    processor, model = frozen
+    pictures = [picture.resize((96, 32)) for picture in noisy_pictures(2)]
+    plain = noisy_rows(2, pictures)
+    augmented = RowDataset(plain.rows, "vqa", augment="permute_boxes")
+    cached, computed = TokenCache(model, processor, tmp_path).fill(augmented, progress=False)
+    assert computed == 2 * 6 + 2
+    # The first variant is the picture as it is: nothing is left to do for rows without augmentation.
+    assert TokenCache(model, processor, tmp_path).fill(plain, progress=False)[1] == 0
+    drawn = {cached[0]["vision_key"] for _ in range(200)}
+    assert len(drawn) == 6
+    expected = {}
+    for variant in range(6):
+        batch = processor(images=[augmented.input_of(0, "images", variant)])
+        expected[variant] = model.crossmodal.encode_tokens("vision", batch["pixel_values"])[0][0].numpy()
+    for _ in range(12):
+        sample = cached[0]
+        variant = int(sample["vision_key"].partition("-")[2] or 0)
+        np.testing.assert_allclose(sample["vision_tokens"], expected[variant], rtol=1e-4, atol=1e-5)
+
+
 def test_keys_tell_contents_apart():
     array = np.arange(6, dtype=np.float32)
     values = ["a", b"a", array, array.reshape(2, 3), array.astype(np.float64), {"array": array, "sampling_rate": 8000},
@@ -171,9 +192,6 @@ while True:
 
 def test_what_cannot_be_cached_is_refused(frozen, tmp_path):
     processor, model = frozen
-    rows = RowDataset(color_rows(6), "vqa", augment="permute_boxes")
-    with pytest.raises(ValueError, match="augment changes inputs"):
-        CachedDataset(rows, TokenCache(model, processor, tmp_path), {})
     model.unfreeze("vision", "text")
     with pytest.raises(ValueError, match="no encoder of this model is frozen"):
         TokenCache(model, processor, tmp_path)
@@ -216,6 +234,6 @@ def test_a_recipe_trains_from_the_cache_as_it_trains_without(tmp_path):
         and losses[1] == pytest.approx(losses[0], rel=1e-3)
         and losses[2] == pytest.approx(losses[0], rel=1e-3)
     )
-    assert any("3 inputs of the training rows computed" in line for line in results[1][1])
-    assert any("tokens of vision: 0 inputs of the training rows computed" in line for line in results[2][1])
+    assert any("training rows: 3 inputs computed" in line for line in results[1][1])
+    assert any("tokens of vision, training rows: 0 inputs computed" in line for line in results[2][1])
     assert results[1][0]["metrics"]["accuracy"] == results[0][0]["metrics"]["accuracy"]

@@ -5,7 +5,8 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import permutations
 from pathlib import Path
 
 from torch.utils.data import Dataset, Sampler
@@ -194,7 +195,7 @@ class RowDataset(Dataset):
         if augment is not None and augment not in AUGMENTATIONS:
             near = sorted(AUGMENTATIONS, key=lambda n: -difflib.SequenceMatcher(None, augment, n).ratio())
             raise ValueError(f"augment={augment!r} is unknown. Expected one of {near}.")
-        self.augment = augment and AUGMENTATIONS[augment]
+        self.augmentation = AUGMENTATIONS[augment] if augment else None
         for column in self.adapter.images:
             # Decoded here, so that a broken image is named with its row.
             rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -213,8 +214,10 @@ class RowDataset(Dataset):
         """A sample without the inputs named in `leave_out`, which are then not decoded either."""
         row = self.rows[index]
         sample = {key: self._read(index, row, key) for key in self.adapter.inputs if key not in leave_out}
-        if self.augment:
-            sample = self.augment(sample)
+        if self.augmentation and sample.get(self.augmentation.input) is not None:
+            sample[self.augmentation.input] = random.choice(self.augmentation.variants)(
+                sample[self.augmentation.input]
+            )
         return sample | {"target": self.targets[index], "row": index}
 
     def raw_column(self, key):
@@ -224,9 +227,14 @@ class RowDataset(Dataset):
             return iter([None] * len(self))
         return (row[column] for row in self.rows.select_columns([column]))
 
-    def input_of(self, index, key):
-        """One input of a row, decoded."""
-        return self._read(index, self.rows[index], key)
+    def variants_of(self, key):
+        """What an input may become in training: functions of its value, the first of which changes nothing."""
+        augmented = self.augmentation is not None and self.augmentation.input == key
+        return self.augmentation.variants if augmented else (lambda value: value,)
+
+    def input_of(self, index, key, variant=0):
+        """One input of a row, decoded, in one of its variants."""
+        return self.variants_of(key)[variant](self._read(index, self.rows[index], key))
 
     def _read(self, index, row, key):
         column = self.adapter.inputs[key]
@@ -274,21 +282,34 @@ class GroupedSampler(Sampler):
         return iter([row for chunk in chunks for row in chunk])
 
 
-def permute_boxes(sample, boxes=3):
-    """NLVR's own augmentation: the boxes of the image, side by side with equal gaps, in a random order.
-
-    A sentence about the boxes as a set stays as true as it was.
-    """
-    image = sample["images"]
-    width, height = image.size
+def _permuted(image, order):
+    """The boxes of an image, side by side with equal gaps, in another order."""
+    (width, height), boxes = image.size, len(order)
     gap = (width - boxes * height) // (boxes - 1)
     if gap < 0 or width != boxes * height + (boxes - 1) * gap:
         raise ValueError(f"permute_boxes: an image of {width} x {height} pixels does not hold {boxes} square boxes.")
     step = height + gap
     permuted = image.copy()
-    for place, source in enumerate(random.sample(range(boxes), boxes)):
+    for place, source in enumerate(order):
         permuted.paste(image.crop((source * step, 0, source * step + height, height)), (place * step, 0))
-    return sample | {"images": permuted}
+    return permuted
 
 
-AUGMENTATIONS = {"permute_boxes": permute_boxes}
+@dataclass(frozen=True)
+class Augmentation:
+    """What an input of a training sample may look like as well.
+
+    Args:
+        input: of the processor.
+        variants: functions from its value to another one, of which one is drawn for every sample; the first leaves it as
+            it is. They are finite on purpose: the tokens of all of them can be computed once.
+    """
+
+    input: str
+    variants: tuple[Callable, ...]
+
+
+AUGMENTATIONS = {
+    # NLVR's own: a sentence about the three boxes as a set stays as true as it was.
+    "permute_boxes": Augmentation("images", tuple(partial(_permuted, order=o) for o in permutations(range(3)))),
+}

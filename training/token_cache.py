@@ -7,6 +7,7 @@ tapped and the processor (together the name of the folder). Whatever of these ch
 import hashlib
 import json
 import os
+import random
 import tempfile
 from pathlib import Path
 
@@ -98,7 +99,7 @@ class TokenCache:
         }
 
     def fill(self, dataset, batch_size=64, progress=True):
-        """Computes what is missing of a `RowDataset`.
+        """Computes what is missing of a `RowDataset`, in every variant that its augmentation may draw.
 
         Returns:
             a `CachedDataset` over it, and the number of inputs that had to be computed.
@@ -106,8 +107,15 @@ class TokenCache:
         keys, computed = {}, 0
         for name in self.names:
             argument, store = self.processor.argument_of(name), self.stores[name]
-            keys[name] = [None if value is None else content_key(value) for value in dataset.raw_column(argument)]
-            missing = {key: row for row, key in enumerate(keys[name]) if key is not None and key not in store}
+            plain = [None if value is None else content_key(value) for value in dataset.raw_column(argument)]
+            count = len(dataset.variants_of(argument))
+            keys[name] = [[key and _variant_key(key, variant) for key in plain] for variant in range(count)]
+            missing = {
+                key: (row, variant)
+                for variant, column in enumerate(keys[name])
+                for row, key in enumerate(column)
+                if key is not None and key not in store
+            }
             computed += len(missing)
             with tqdm(
                 total=len(missing), desc=f"tokens of {name}", disable=not progress or not missing, leave=False
@@ -115,7 +123,9 @@ class TokenCache:
                 for chunk in _batches(list(missing.items()), _CHUNK):
                     tokens = []
                     for batch in _batches(chunk, batch_size):
-                        tokens += self._encode(name, [dataset.input_of(row, argument) for _, row in batch])
+                        tokens += self._encode(
+                            name, [dataset.input_of(row, argument, variant) for _, (row, variant) in batch]
+                        )
                         bar.update(len(batch))
                     store.write([key for key, _ in chunk], tokens)
         return CachedDataset(dataset, self, keys), computed
@@ -129,18 +139,21 @@ class TokenCache:
         return [row.numpy() if real is None else row[real[index].cpu()].numpy() for index, row in enumerate(tokens)]
 
 
+def _variant_key(key, variant):
+    return f"{key}-{variant}" if variant else key
+
+
 def _batches(items, size):
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 class CachedDataset(Dataset):
-    """A `RowDataset` whose samples hold `<name>_tokens` of frozen encoders in place of their raw inputs."""
+    """A `RowDataset` whose samples hold `<name>_tokens` of frozen encoders in place of their raw inputs.
+
+    keys {modality: [keys of all rows, per variant]}.
+    """
 
     def __init__(self, dataset, cache, keys):
-        if dataset.augment:
-            raise ValueError(
-                "augment changes inputs at every step, and the cache of tokens holds what they were. Leave one of the two out."
-            )
         self.dataset, self.stores, self.keys = dataset, cache.stores, keys
         self.cached = {cache.processor.argument_of(name): name for name in keys}
         self.targets, self.groups = dataset.targets, dataset.groups
@@ -151,10 +164,27 @@ class CachedDataset(Dataset):
     def __getitem__(self, index):
         sample = self.dataset.sample(index, leave_out=self.cached)
         for name, keys in self.keys.items():
-            key = keys[index]
+            key = random.choice(keys)[index]
             sample[f"{name}_tokens"] = None if key is None else self.stores[name].read(key)
             sample[f"{name}_key"] = key
         return sample
+
+
+def with_cached_tokens(recipe, model, processor, datasets, write):
+    """The datasets {name: RowDataset} of a run, with tokens in place of the inputs of frozen encoders, if a recipe asks.
+
+    A dataset that stands there twice is read once.
+    """
+    if not recipe.token_cache:
+        return datasets
+    cache = TokenCache(model, processor, None if recipe.token_cache is True else recipe.token_cache)
+    done, cached = {}, {}
+    for name, dataset in datasets.items():
+        if id(dataset) not in done:
+            done[id(dataset)], computed = cache.fill(dataset)
+            write(f"tokens of {', '.join(cache.names)}, {name} rows: {computed:,} inputs computed, the others known.")
+        cached[name] = done[id(dataset)]
+    return cached
 
 
 class _Store:

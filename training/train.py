@@ -13,7 +13,7 @@ from .building import build
 from .datasets import RowDataset, hold_out, load_rows, some_of
 from .publish import export_folder, remove_unfinished
 from .tasks import TASKS
-from .token_cache import TokenCache
+from .token_cache import with_cached_tokens
 from .trainer import DEFAULTS, fit, last_whole_checkpoint, score
 from .warm_up import warm_up
 
@@ -57,25 +57,15 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         f"{recipe.name}: {len(train_dataset):,} training and {len(eval_dataset):,} evaluation rows, "
         f"{len(task.id2label)} labels; {trainable:,} of {total:,} parameters are trained."
     )
-    if recipe.token_cache:
-        cache = TokenCache(model, processor, None if recipe.token_cache is True else recipe.token_cache)
-        named = {"training": train_dataset, "choosing": choosing_dataset, "evaluation": eval_dataset}
-        same = choosing_dataset is eval_dataset
-        for split, dataset in named.items():
-            if split != "choosing" or not same:
-                named[split], computed = cache.fill(dataset)
-                write(
-                    f"tokens of {', '.join(cache.names)}: {computed:,} inputs of the {split} rows computed, others read."
-                )
-        train_dataset, eval_dataset = named["training"], named["evaluation"]
-        choosing_dataset = eval_dataset if same else named["choosing"]
+    datasets = {"training": train_dataset, "choosing": choosing_dataset, "evaluation": eval_dataset}
+    datasets = with_cached_tokens(recipe, model, processor, datasets, write)
     training = {**DEFAULTS, "metric_for_best_model": task.main_metric, **recipe.training}
     trainer = fit(
         model,
         processor,
         task,
-        train_dataset,
-        choosing_dataset,
+        datasets["training"],
+        datasets["choosing"],
         training,
         output / "checkpoints",
         recipe,
@@ -83,7 +73,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         write,
     )
     result = {
-        "metrics": score(trainer, task, eval_dataset),
+        "metrics": score(trainer, task, datasets["evaluation"]),
         "chosen_on": chosen_on if training["load_best_model_at_end"] else None,
         "majority": task.majority(train_dataset.targets, eval_dataset.targets),
         "parameters": total,

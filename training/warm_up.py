@@ -6,6 +6,7 @@ from dataclasses import replace
 from .building import build, encoders_and_config
 from .datasets import RowDataset, load_rows, some_of
 from .tasks import TASKS
+from .token_cache import with_cached_tokens
 from .trainer import DEFAULTS, component_of, fit, last_whole_checkpoint
 
 
@@ -50,6 +51,10 @@ def warm_up(recipe, task, train_dataset, folder, write):
             training = {**DEFAULTS, **recipe.training, **own.get("training", {})}
             training |= {"eval_strategy": "no", "load_best_model_at_end": False}
             checkpoint, _ = last_whole_checkpoint(running)
+            if trained.config.frozen_modalities:
+                dataset = with_cached_tokens(stage, trained, reader, {f"stage {number}": dataset}, write)[
+                    f"stage {number}"
+                ]
             model = fit(trained, reader, task_now, dataset, None, training, running, stage, checkpoint, write).model
             # Written aside and renamed: a folder with this name is whole.
             model.save_pretrained(running / "writing")
