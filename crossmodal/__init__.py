@@ -13,6 +13,7 @@ _EXPORTS = {
     "FeatureSequenceConfig": "modeling.configuration_crossmodal",
     "CrossModalModel": "modeling.modeling_crossmodal",
     "CrossModalForVQA": "modeling.modeling_crossmodal",
+    "CrossModalForSequenceClassification": "modeling.modeling_crossmodal",
     "CrossModalProcessor": "processing.processing_crossmodal",
     "CrossModalVQAPipeline": "processing.pipeline_crossmodal",
     "CrossModalTrainer": "training.trainer",
@@ -25,6 +26,7 @@ __all__ = ["__version__", *_EXPORTS]
 _AUTO_CLASSES = {
     "AutoModel": "CrossModalModel",
     "AutoModelForVisualQuestionAnswering": "CrossModalForVQA",
+    "AutoModelForSequenceClassification": "CrossModalForSequenceClassification",
 }
 
 

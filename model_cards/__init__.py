@@ -1,8 +1,8 @@
-"""Templates of model cards, one per head."""
+"""Templates of model cards: one per head, around what all of them have in common."""
 
 from pathlib import Path
 
 
 def card_template(head):
-    """Path of the Jinja template of a head's card, such as `CrossModalForVQA`."""
+    """Path of the Jinja template of a head's card, such as `CrossModalForVQA`, or of the part that is `common`."""
     return Path(__file__).parent / f"{head}.md"

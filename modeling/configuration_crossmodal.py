@@ -17,6 +17,7 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_crossmodal.CrossModalConfig",
     "AutoModel": "modeling_crossmodal.CrossModalModel",
     "AutoModelForVisualQuestionAnswering": "modeling_crossmodal.CrossModalForVQA",
+    "AutoModelForSequenceClassification": "modeling_crossmodal.CrossModalForSequenceClassification",
     "AutoProcessor": "processing_crossmodal.CrossModalProcessor",
 }
 
@@ -25,7 +26,7 @@ MODALITY_WEIGHTINGS = ("adaptive", "uniform", "uncertainty")
 BOTTLENECKS = ("exchange", "resample")
 GATES = ("content", "static", "none")
 POOLINGS = ("attention", "mean", "first")
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes")
 
 # What each type of encoder is given: its values and, where it has one, the mask of its real positions.
@@ -433,7 +434,7 @@ class CrossModalConfig(PreTrainedConfig):
             value = getattr(self, key)
             if value not in allowed:
                 raise ValueError(f"{key}={value!r} is unknown. Expected one of {nearest_first(value, allowed)}.")
-        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES + ("regression",):
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"problem_type={self.problem_type!r} is unknown. Expected one of {PROBLEM_TYPES}.")
         for key in ("hidden_size", "num_attention_heads", "num_fusion_layers", "intermediate_size", "num_latents"):
             if getattr(self, key) < 1:

@@ -19,21 +19,25 @@ def soft_target_loss(logits, targets):
     return nn.functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype)) * logits.shape[-1]
 
 
-def row_losses(logits, labels, label_smoothing=0.0):
-    """Loss of every row alone: cross entropy for labels (B,), summed binary cross entropy for scores (B,C).
+def row_losses(logits, labels, label_smoothing=0.0, regression=False):
+    """Loss of every row alone: cross entropy for labels (B,), summed binary cross entropy for scores (B,C), mean squared
+    error for real numbers (B,) or (B,C) of a regression.
 
     logits (B,C). Returns losses (B,), 0 for rows labelled -100, and which rows count (B,) bool.
     """
+    everyone = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    if regression:
+        return (logits - labels.view(logits.shape).to(logits.dtype)).square().mean(-1), everyone
     if labels.is_floating_point():
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-        return losses.sum(-1), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        return losses.sum(-1), everyone
     losses = nn.functional.cross_entropy(
         logits, labels, ignore_index=-100, label_smoothing=label_smoothing, reduction="none"
     )
     return losses, labels != -100
 
 
-def unimodal_losses(logits, labels, presence, log_variances=None, label_smoothing=0.0):
+def unimodal_losses(logits, labels, presence, log_variances=None, label_smoothing=0.0, regression=False):
     """Loss of each modality's own classifier, mean over the rows that have the modality.
 
     L_m = mean_b CE(logits_bm, label_b); with log variances s, L_m = mean_b [e^{-s_bm} CE(...) + s_bm / 2] (Kendall and
@@ -44,7 +48,7 @@ def unimodal_losses(logits, labels, presence, log_variances=None, label_smoothin
     """
     losses = []
     for index in range(logits.shape[1]):
-        values, counted = row_losses(logits[:, index], labels, label_smoothing)
+        values, counted = row_losses(logits[:, index], labels, label_smoothing, regression)
         if log_variances is not None:
             values = torch.exp(-log_variances[:, index]) * values + log_variances[:, index] / 2
         counted = counted & presence[:, index]

@@ -647,26 +647,20 @@ def _full_mask(tokens, mask):
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
 
 
-class CrossModalForVQA(CrossModalPreTrainedModel):
-    """Answers questions about any modalities by choosing from the answers in `config.id2label`.
+class CrossModalClassifier(CrossModalPreTrainedModel):
+    """What the heads share that choose from, score, or measure on `config.id2label`: one MLP on the fused vector.
 
-    The loss follows `config.problem_type`: `"single_label_classification"` is cross entropy on one answer per row,
-    `"multi_label_classification"` the summed binary cross entropy on soft targets (VQA v2). Left at None it is
-    taken from the first labels seen: long (B,) or float (B,A).
+    The loss follows `config.problem_type`: `"single_label_classification"` is cross entropy on one label per row,
+    `"multi_label_classification"` the summed binary cross entropy on scores (VQA v2), `"regression"` the mean squared error.
+    Left at None it is taken from the first labels seen: long (B,), or float (B,A); float (B,) is a regression.
     """
 
-    # What `pipeline(model=folder)` runs. The processor carries the file.
-    custom_pipelines = {
-        "visual-question-answering": {
-            "impl": "pipeline_crossmodal.CrossModalVQAPipeline",
-            "pt": ["AutoModelForVisualQuestionAnswering"],
-            "type": "multimodal",
-        }
-    }
+    custom_pipelines = None
 
     def __init__(self, config, encoders=None):
         super().__init__(config)
-        config.custom_pipelines = self.custom_pipelines
+        if self.custom_pipelines:
+            config.custom_pipelines = self.custom_pipelines
         self.crossmodal = CrossModalModel(config, encoders)
         self.main_input_name = self.crossmodal.main_input_name
         self.classifier = ClassificationHead(config)
@@ -688,7 +682,11 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
         output_hidden_states=None,
         **named_inputs,
     ):
-        """The inputs of `CrossModalModel`, and `labels`: (B,) answer ids (-100: no answer) or (B,A) scores in [0,1].
+        """The inputs of `CrossModalModel`, and labels.
+
+        Args:
+            labels: (B,) long ids (-100: a row that does not count), (B,A) scores in [0,1], or (B,) or (B,A) real numbers of a
+                regression.
 
         Returns:
             CrossModalClassifierOutput.
@@ -716,6 +714,7 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
                     outputs.presence,
                     outputs.modality_log_variances,
                     self.config.label_smoothing,
+                    self.config.problem_type == "regression",
                 )
                 if self.training:
                     # Left out of what an evaluation reports, so that losses compare with those of other models.
@@ -733,28 +732,33 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
         )
 
     def _loss(self, logits, labels):
-        soft = labels.is_floating_point()
-        if self.config.problem_type is None:
-            self.config.problem_type = "multi_label_classification" if soft else "single_label_classification"
-        expected = logits.shape if soft else logits.shape[:1]
-        if soft != (self.config.problem_type == "multi_label_classification") or labels.shape != expected:
+        config, real = self.config, labels.is_floating_point()
+        if config.problem_type is None:
+            many = "regression" if labels.dim() == 1 else "multi_label_classification"
+            config.problem_type = many if real else "single_label_classification"
+        shapes = [logits.shape if real else logits.shape[:1]]
+        if config.problem_type == "regression" and logits.shape[1] == 1:
+            shapes.append(logits.shape[:1])
+        if real != (config.problem_type != "single_label_classification") or labels.shape not in shapes:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit "
-                f"problem_type={self.config.problem_type!r}. Expected float scores {tuple(logits.shape)} for "
-                f"'multi_label_classification', or answer ids {tuple(logits.shape[:1])} for "
-                "'single_label_classification'."
+                f"problem_type={config.problem_type!r}. Expected float scores {tuple(logits.shape)} for "
+                f"'multi_label_classification', label ids {tuple(logits.shape[:1])} for 'single_label_classification', or "
+                f"numbers {tuple(logits.shape)} for 'regression'."
             )
         # On a GPU the kernel itself stops at a wrong label; to look here would make every step wait for it.
-        if not soft and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not real and labels.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = labels[(labels != -100) & ((labels < 0) | (labels >= logits.shape[1]))]
             if len(wrong):
                 raise ValueError(
-                    f"labels hold {wrong[0].item()}, which is no answer of num_labels={logits.shape[1]}. Expected 0 to "
-                    f"{logits.shape[1] - 1}, or -100 for a row without an answer."
+                    f"labels hold {wrong[0].item()}, which is no class of num_labels={logits.shape[1]}. Expected 0 to "
+                    f"{logits.shape[1] - 1}, or -100 for a row without a label."
                 )
-        if soft:
+        if config.problem_type == "regression":
+            return nn.functional.mse_loss(logits, labels.view(logits.shape).to(logits.dtype))
+        if real:
             return soft_target_loss(logits, labels)
-        return class_loss(logits, labels, self.config.label_smoothing)
+        return class_loss(logits, labels, config.label_smoothing)
 
     def resize_answers(self, id2label, problem_type=None):
         """Gives the model another answer vocabulary in place. Answers that it knew keep what was learnt of them.
@@ -781,7 +785,25 @@ class CrossModalForVQA(CrossModalPreTrainedModel):
         self.config.label2id = {label: index for index, label in id2label.items()}
 
 
+class CrossModalForVQA(CrossModalClassifier):
+    """Answers questions about any modalities by choosing from the answers in `config.id2label`."""
+
+    # What `pipeline(model=folder)` runs. The processor carries the file.
+    custom_pipelines = {
+        "visual-question-answering": {
+            "impl": "pipeline_crossmodal.CrossModalVQAPipeline",
+            "pt": ["AutoModelForVisualQuestionAnswering"],
+            "type": "multimodal",
+        }
+    }
+
+
+class CrossModalForSequenceClassification(CrossModalClassifier):
+    """Classifies rows of any modalities: one label, several, or a real number (`config.problem_type`)."""
+
+
 CrossModalModel.register_for_auto_class("AutoModel")
 CrossModalForVQA.register_for_auto_class("AutoModelForVisualQuestionAnswering")
+CrossModalForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["CrossModalForVQA", "CrossModalModel", "CrossModalPreTrainedModel"]
+__all__ = ["CrossModalForSequenceClassification", "CrossModalForVQA", "CrossModalModel", "CrossModalPreTrainedModel"]

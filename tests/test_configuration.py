@@ -10,7 +10,13 @@ from transformers import BertConfig, ConvNextConfig, MobileNetV2Config, ViTConfi
 from crossmodal import CrossModalConfig, CrossModalForVQA, CrossModalModel, FeatureSequenceConfig
 
 
-AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForVisualQuestionAnswering", "AutoProcessor"}
+AUTO_CLASSES = {
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForVisualQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoProcessor",
+}
 
 
 def feature_config(size=6):

@@ -56,6 +56,13 @@ DATASETS = {
         # "1304-0": the first of the pictures that one sentence was written about.
         group=lambda row: str(row["identifier"]).rpartition("-")[0] if "identifier" in row else None,
     ),
+    "mvsa": Adapter(
+        "classification",
+        ("image", "text", "label"),
+        {"images": "image", "text": "text"},
+        lambda row: str(row["label"]),
+        group=lambda row: row.get("id"),
+    ),
     "facts": Adapter(
         "vqa",
         ("image", "question", "facts"),

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Template
 
 from ..model_cards import card_template
 
@@ -45,7 +46,8 @@ def export_folder(model, processor, folder, recipe=None, result=None):
             from .train import recipe_text
 
             (aside / "recipe.yaml").write_text(recipe_text(recipe))
-        model_card(model, recipe, result).save(aside / "README.md")
+        arguments = [processor.argument_of(name) for name in processor.modality_names]
+        model_card(model, recipe, result, arguments).save(aside / "README.md")
         (folder / "config.json").unlink(missing_ok=True)
         for path in sorted(aside.iterdir(), key=lambda p: p.name == "config.json"):
             os.replace(path, folder / path.name)
@@ -67,8 +69,18 @@ _REPORTED = (
 )
 
 
-def model_card(model, recipe=None, result=None):
-    """The card of a model, from the template of its head, with the numbers of `result`."""
+# Task of the Hub that a head serves, as cards name it.
+_HUB_TASKS = {
+    "CrossModalForVQA": "visual-question-answering",
+    "CrossModalForSequenceClassification": "text-classification",
+}
+
+
+def model_card(model, recipe=None, result=None, arguments=None):
+    """The card of a model, from the template of its head, with the numbers of `result`.
+
+    arguments: of the processor, for the lines that show how to use it.
+    """
     config = model.config
     head = type(model).__name__
     metrics = {k: v for k, v in (result or {}).get("metrics", {}).items() if k != "loss"}
@@ -77,12 +89,12 @@ def model_card(model, recipe=None, result=None):
     data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
-        pipeline_tag="visual-question-answering" if head == "CrossModalForVQA" else None,
+        pipeline_tag=_HUB_TASKS.get(head),
         tags=["crossmodal", "multimodal", config.fusion_type],
         model_name=recipe.name if recipe is not None else head,
         eval_results=[
             EvalResult(
-                task_type="visual-question-answering",
+                task_type=_HUB_TASKS[head],
                 dataset_type=dataset,
                 dataset_name=dataset,
                 dataset_split=split,
@@ -102,18 +114,19 @@ def model_card(model, recipe=None, result=None):
         }
         for name in config.modality_names
     ]
-    return ModelCard.from_template(
-        data,
-        template_path=str(card_template(head)),
-        head=head,
-        title=data.model_name,
-        config=config,
-        modalities=modalities,
-        dataset=dataset,
-        split=split,
-        metrics=metrics,
-        result=result or {},
-        recipe=recipe,
-        answers=list(config.id2label.values())[:20],
-        num_answers=len(config.id2label),
-    )
+    values = {
+        "head": head,
+        "title": data.model_name,
+        "config": config,
+        "modalities": modalities,
+        "arguments": arguments or config.modality_names,
+        "dataset": dataset,
+        "split": split,
+        "metrics": metrics,
+        "result": result or {},
+        "recipe": recipe,
+        "answers": list(config.id2label.values())[:20],
+        "num_answers": len(config.id2label),
+    }
+    common = Template(card_template("common").read_text()).render(**values)
+    return ModelCard.from_template(data, template_path=str(card_template(head)), common=common, **values)

@@ -101,9 +101,26 @@ class VQATask:
         return self.score_answers([counts.most_common(1)[0][0]] * len(targets), targets)
 
 
+class ClassificationTask(VQATask):
+    """Labels of rows: one of several, as strings."""
+
+    model_class = "CrossModalForSequenceClassification"
+    metrics = ("accuracy", "weighted_f1")
+    main_metric = "accuracy"
+
+    @staticmethod
+    def score_answers(predictions, targets):
+        """`accuracy`, and `weighted_f1`: F1 of each class, weighted by how often it is true."""
+        from sklearn.metrics import f1_score
+
+        right = [prediction == target for prediction, target in zip(predictions, targets, strict=True)]
+        f1 = f1_score(list(targets), list(predictions), average="weighted", zero_division=0)
+        return {"accuracy": float(np.mean(right)), "weighted_f1": float(f1)}
+
+
 def _scores(target):
     """{answer: score in [0,1]} of a target of any form."""
     return target if isinstance(target, dict) else soft_targets([target] if isinstance(target, str) else target)
 
 
-TASKS = {"vqa": VQATask}
+TASKS = {"vqa": VQATask, "classification": ClassificationTask}
