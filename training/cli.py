@@ -1,4 +1,4 @@
-"""The command line: `crossmodal train | evaluate | predict | publish`.
+"""The command line: `crossmodal train | evaluate | predict | robustness | demo`.
 
 Bad input ends with one line on standard error and exit code 2; a fault of ours with its traceback and exit code 1.
 """
@@ -92,6 +92,44 @@ def predict(
     for answer in found["answers"]:
         print(f"{answer['score']:7.2%}  {answer['answer']}")
     print("weights  " + "  ".join(f"{name} {weight:.2f}" for name, weight in found["modality_weights"].items()))
+
+
+@app.command()
+def robustness(
+    model: _MODEL,
+    dataset: Annotated[str, typer.Option(help="Hub id, folder or file.")],
+    split: Annotated[str, typer.Option(help="Name of the split.")] = "validation",
+    seed: Annotated[int, typer.Option(min=0, help="Of what is taken away or made noisy.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many rows.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    output: Annotated[
+        str | None, typer.Option(help="Folder for table, plot and card; the model's, if it is one.")
+    ] = None,
+    as_json: _JSON = False,
+):
+    """Score a model with each modality missing or noisy, and write it into its card."""
+    _quiet()
+    from .evaluate import task_of
+    from .robustness import add_to_folder
+    from .robustness import robustness as run
+
+    folder = Path(output or model)
+    if not output and not folder.is_dir():
+        raise ValueError(f"{model!r} is no folder here. Pass --output FOLDER for the table, the plot and the card.")
+    loaded, processor = _load(model)
+    table = run(loaded, processor, dataset, split, seed, batch_size, limit, write=_note)
+    metric = task_of(loaded).main_metric
+    rows = {}
+    for row in table:
+        name = "clean" if row["modality"] is None else f"{row['modality']}, {row['kind']} {row['level']:g}"
+        rows[name] = {key: value for key, value in row.items() if key in task_of(loaded).metrics}
+    _print_table(f"{Path(model).name} on {Path(dataset).name}, {split}", rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    count = f"the first {limit:,} shuffled rows" if limit else "all rows"
+    add_to_folder(folder, table, metric, f"`{Path(dataset).name}`, {split}, {count}")
+    _note(f"table, plot and card: {folder}")
+    if as_json:
+        _print_json(table)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from .collator import SampleCollator
 from .datasets import RowDataset, load_rows
-from .tasks import TASKS
+from .tasks import TASKS, name_of
 
 
 def task_of(model):
@@ -33,7 +33,6 @@ def evaluate(model, processor, dataset, split, batch_size=128, unknown_answers_w
     """Metrics of a model on a split, by name. `dataset` is a Hub id, folder, file, or rows."""
     task = task_of(model)
     rows = load_rows(dataset, split) if isinstance(dataset, str) else dataset
-    name = next(name for name, kind in TASKS.items() if type(task) is kind)
-    samples = RowDataset(rows, name)
+    samples = RowDataset(rows, name_of(task))
     task.check_targets(samples.targets, unknown_answers_wrong)
     return task.score(predict_logits(model, processor, samples, batch_size, progress), samples.targets)

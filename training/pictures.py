@@ -102,6 +102,47 @@ def answer_grid(records: Sequence[Record], path: str | os.PathLike, title: str |
     return _save(figure, Path(path))
 
 
+def robustness_plot(table: Sequence[Record], metric: str, path: str | os.PathLike) -> Path:
+    """Draw `robustness.robustness`'s table: a panel per modality and kind, the clean score as a dashed line.
+
+    Args:
+        table: rows with `modality`, `kind`, `level`, `unit` and the metric; the first one of clean rows.
+        metric: the score to draw, in [0, 1]. path: the file to write.
+
+    Returns:
+        The path written.
+    """
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple, list[Record]] = {}
+    for row in table[1:]:
+        panels.setdefault((row["modality"], row["kind"], row["unit"]), []).append(row)
+    modalities = list(dict.fromkeys(modality for modality, _, _ in panels))
+    columns = max(sum(key[0] == modality for key in panels) for modality in modalities)
+    figure = Figure(figsize=(2.9 * columns + 0.6, 2.3 * len(modalities) + 0.3), facecolor=_CARD, layout="constrained")
+    grid = figure.subplots(len(modalities), columns, squeeze=False, sharey=True)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for index, modality in enumerate(modalities):
+        color = _MODALITY_COLORS[index % len(_MODALITY_COLORS)]
+        for axes, key in zip(grid[index], [key for key in panels if key[0] == modality], strict=False):
+            rows = panels[key]
+            axes.set_visible(True)
+            axes.axhline(table[0][metric], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            levels, scores = [0.0, *(row["level"] for row in rows)], [table[0][metric], *(row[metric] for row in rows)]
+            axes.plot(levels, scores, color=color, marker="o", markersize=4, linewidth=1.8)
+            axes.set_title(f"{modality}: {key[1]}", fontsize=9, color=_INK, loc="left", family=_FONT)
+            axes.set_xlabel(key[2], fontsize=8, color=_MUTED, family=_FONT)
+            axes.tick_params(labelsize=7, colors=_MUTED)
+            axes.set_ylim(0, 1)
+            axes.grid(axis="y", color=_EDGE, linewidth=0.6)
+            axes.set_axisbelow(True)
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        grid[index][0].set_ylabel(metric, fontsize=8, color=_MUTED, family=_FONT)
+    return _save(figure, Path(path))
+
+
 def _check(records: Sequence[Record]) -> None:
     if not len(records):
         raise ValueError("Got no records. Expected one mapping per answered question. Pass at least one.")

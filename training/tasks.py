@@ -123,4 +123,9 @@ def _scores(target):
     return target if isinstance(target, dict) else soft_targets([target] if isinstance(target, str) else target)
 
 
+def name_of(task):
+    """The row of `TASKS` that a task is of."""
+    return next(name for name, kind in TASKS.items() if type(task) is kind)
+
+
 TASKS = {"vqa": VQATask, "classification": ClassificationTask}
