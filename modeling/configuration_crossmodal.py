@@ -24,7 +24,7 @@ _AUTO_MAP = {
 FUSION_LEVELS = ("multi", "single")
 MODALITY_WEIGHTINGS = ("adaptive", "uniform", "uncertainty")
 BOTTLENECKS = ("exchange", "resample")
-GATES = ("content", "static", "none")
+GATES = ("content", "static", "none", "closed")
 POOLINGS = ("attention", "mean", "first")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes")
@@ -200,7 +200,7 @@ class CrossModalConfig(PreTrainedConfig):
         missing_tokens: a learned token stands in for a modality that a row lacks, for the others to look at.
         auxiliary_loss_weight: of the losses of one classifier per modality, each on what it knows alone.
         gate: what adapts cross attention: `"content"` (bilinear in the stream and what it saw), `"static"` (tanh of a
-            learned number per stream, 0 at the start) or `"none"`.
+            learned number per stream, 0 at the start), `"none"`, or `"closed"` (no cross attention at all, for ablations).
         pooling: tokens of one modality to one vector: `"attention"`, `"mean"` or `"first"`.
         frozen_modalities: encoders that take no gradient and stay in eval mode.
         classifier_hidden_size: hidden width of classification heads (`None`: twice `hidden_size`).

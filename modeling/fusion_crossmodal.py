@@ -83,7 +83,7 @@ class CrossFusionLayer(GradientCheckpointingLayer):
         super().__init__()
         names, queries = config.modality_names, queries or config.fusion_queries or config.modality_names
         # Weights of a role that a modality never takes would never get a gradient.
-        looking = queries if len(names) > 1 else []
+        looking = queries if len(names) > 1 and config.gate != "closed" else []
         looked_at = [name for name in names if any(other != name for other in looking)]
         self.self_attn = nn.ModuleDict({name: SelfAttentionBlock(config) for name in queries})
         self.mlp = nn.ModuleDict({name: FeedForwardBlock(config) for name in queries})

@@ -1,4 +1,4 @@
-"""The command line: `crossmodal train | evaluate | predict | robustness | demo`.
+"""The command line: `crossmodal train | evaluate | predict | ablate | robustness | demo`.
 
 Bad input ends with one line on standard error and exit code 2; a fault of ours with its traceback and exit code 1.
 """
@@ -92,6 +92,33 @@ def predict(
     for answer in found["answers"]:
         print(f"{answer['score']:7.2%}  {answer['answer']}")
     print("weights  " + "  ".join(f"{name} {weight:.2f}" for name, weight in found["modality_weights"].items()))
+
+
+@app.command()
+def ablate(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe or path of a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the recipe")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, from the recipe's seed on.")] = 3,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the variants, or key=value of the config; may be given again. All, if left out."),
+    ] = None,
+    as_json: _JSON = False,
+):
+    """Train a recipe with one part changed at a time, over seeds, and say what each part is worth."""
+    from .recipes import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])
+    _quiet()
+    from .ablate import ablate as run
+    from .ablate import as_markdown
+    from .tasks import TASKS
+
+    table = run(loaded, variant, seeds, write=_note)
+    print(as_markdown(table, TASKS[loaded.task].main_metric))
+    _note(f"table, runs and plot: {loaded.output_dir}/ablation.md, .csv, .png")
+    if as_json:
+        _print_json(table)
 
 
 @app.command()

@@ -143,6 +143,40 @@ def robustness_plot(table: Sequence[Record], metric: str, path: str | os.PathLik
     return _save(figure, Path(path))
 
 
+def ablation_plot(
+    table: Sequence[Record], results: Mapping[tuple, Record], metric: str, majority: float, path: str | os.PathLike
+) -> Path:
+    """Draw `ablate.ablate`'s table: a line per variant with its mean, and a dot per run.
+
+    Args:
+        table: rows with `variant` and `mean`. results: by (variant, seed), with `metrics`. metric: the score.
+        majority: score of the most common answer, a dashed line. path: the file to write.
+
+    Returns:
+        The path written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 0.42 * len(table) + 1.1), facecolor=_CARD, layout="constrained")
+    axes = figure.subplots()
+    for line, row in enumerate(table):
+        scores = [100 * result["metrics"][metric] for (name, _), result in results.items() if name == row["variant"]]
+        color = _RIGHT if row["variant"] == "full" else _UNJUDGED
+        axes.plot(scores, [line] * len(scores), "o", color=color, alpha=0.45, markersize=5, markeredgewidth=0)
+        axes.plot([100 * row["mean"]] * 2, [line - 0.3, line + 0.3], color=color, linewidth=2.2)
+    axes.axvline(100 * table[0]["mean"], color=_RIGHT, linewidth=0.8, alpha=0.5)
+    axes.axvline(100 * majority, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_yticks(range(len(table)), [row["variant"] for row in table], family=_FONT, fontsize=9, color=_INK)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{metric} (%); dots: runs, bars: means, dashed: most common answer", fontsize=8, color=_MUTED)
+    axes.tick_params(axis="x", labelsize=8, colors=_MUTED)
+    axes.grid(axis="x", color=_EDGE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    return _save(figure, Path(path))
+
+
 def _check(records: Sequence[Record]) -> None:
     if not len(records):
         raise ValueError("Got no records. Expected one mapping per answered question. Pass at least one.")

@@ -86,11 +86,11 @@ class Recipe:
 
     def __post_init__(self):
         if self.task not in TASKS:
-            raise ValueError(f"task={self.task!r} is unknown. Expected one of {_nearest(self.task, TASKS)}.")
+            raise ValueError(f"task={self.task!r} is unknown. Expected one of {nearest(self.task, TASKS)}.")
         for section, keys in self._SECTIONS.items():
             for key in getattr(self, section):
                 if key not in keys:
-                    raise ValueError(f"{section}.{key} is no key of a recipe. Expected one of {_nearest(key, keys)}.")
+                    raise ValueError(f"{section}.{key} is no key of a recipe. Expected one of {nearest(key, keys)}.")
         if not isinstance(self.holdout, int | float) or not 0 <= self.holdout < 1:
             raise ValueError(
                 f"holdout={self.holdout!r} is no part of the training rows. Expected 0 to 1, for example 0.05."
@@ -104,7 +104,7 @@ class Recipe:
         allowed = _training_keys()
         for key in (key for part in (self.training, *(s.get("training", {}) for s in self.warm_up)) for key in part):
             if key not in allowed:
-                near = _nearest(key, allowed)[:3]
+                near = nearest(key, allowed)[:3]
                 raise ValueError(
                     f"training.{key} is no argument of TrainingArguments that a recipe sets. Nearest: {near}."
                 )
@@ -112,7 +112,7 @@ class Recipe:
     def _check_stage(self, stage, names):
         for key in stage:
             if key not in self._STAGE:
-                raise ValueError(f"warm_up: {key} is no key of a stage. Expected one of {_nearest(key, self._STAGE)}.")
+                raise ValueError(f"warm_up: {key} is no key of a stage. Expected one of {nearest(key, self._STAGE)}.")
         if not stage.get("dataset"):
             raise ValueError("warm_up: a stage lacks its dataset. Add one, for example dataset: drawn:shapes.")
         own = [key for key in ("modalities", "config") if key in stage]
@@ -161,7 +161,7 @@ class Recipe:
     @staticmethod
     def _check_key(key, known):
         if key not in known:
-            raise ValueError(f"{key!r} is no key of a recipe. Did you mean {_nearest(key, known)[0]!r}?")
+            raise ValueError(f"{key!r} is no key of a recipe. Did you mean {nearest(key, known)[0]!r}?")
 
 
 def _training_keys():
@@ -179,8 +179,9 @@ def _check_names(key, given, allowed):
         )
     for name in given:
         if name not in allowed:
-            raise ValueError(f"{key} has {name!r}. Expected any of {_nearest(name, allowed)}.")
+            raise ValueError(f"{key} has {name!r}. Expected any of {nearest(name, allowed)}.")
 
 
-def _nearest(given, allowed):
+def nearest(given, allowed):
+    """The allowed values, those that look most like `given` first."""
     return sorted(allowed, key=lambda value: -difflib.SequenceMatcher(None, str(given), value).ratio())

@@ -18,7 +18,7 @@ from .trainer import DEFAULTS, fit, last_whole_checkpoint, score
 from .warm_up import warm_up
 
 
-def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, export=True):
+def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, export=True, warm_up_folder=None):
     """Runs a recipe.
 
     Args:
@@ -27,6 +27,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         fresh: discard an earlier run in `recipe.output_dir`.
         write: takes each line of report.
         export: write the Hub folder (off for baselines that are only measured).
+        warm_up_folder: of finished stages of `warm_up` that several runs share; None keeps them with the run.
 
     Returns:
         dict with `metrics` on the evaluation split, `majority`, `model`, `processor`, `minutes`, `parameters`.
@@ -48,7 +49,8 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     task = TASKS[recipe.task].from_targets(train_dataset.targets, recipe.min_answer_count)
     task.check_targets(eval_dataset.targets)
     if recipe.warm_up:
-        model, processor = warm_up(recipe, task, train_dataset, output / "checkpoints" / "warm_up", write)
+        stages = output / "checkpoints" / "warm_up"
+        model, processor = warm_up(recipe, task, train_dataset, stages, write, warm_up_folder)
     else:
         model, processor = build(recipe, task, [train_dataset])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

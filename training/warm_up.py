@@ -1,7 +1,10 @@
 """Stages of training on other data before a run, such as the worlds that the project draws itself."""
 
+import hashlib
+import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from .building import build, encoders_and_config
 from .datasets import RowDataset, load_rows, some_of
@@ -10,13 +13,14 @@ from .token_cache import with_cached_tokens
 from .trainer import DEFAULTS, component_of, fit, last_whole_checkpoint
 
 
-def warm_up(recipe, task, train_dataset, folder, write):
+def warm_up(recipe, task, train_dataset, folder, write, shared=None):
     """(model, processor) trained on the stages of `recipe.warm_up`; finished and cut-off stages are taken up again.
 
     Args:
         recipe: Recipe, whose stages were checked when it was made.
         task, train_dataset: of the run that follows.
         folder: of the stages' checkpoints. write: takes each line of report.
+        shared: folder of first stages that train a model of their own: runs whose stage is the same take it from there.
     """
     stages, datasets, tasks = [], [], []
     for own in recipe.warm_up:
@@ -34,6 +38,9 @@ def warm_up(recipe, task, train_dataset, folder, write):
     for number, (stage, own, dataset) in enumerate(zip(stages, recipe.warm_up, datasets, strict=True), 1):
         task_now, task_next = tasks[number - 1], [*tasks, task][number]
         done = folder / f"stage-{number}-done"
+        if shared is not None and number == 1 and stage.model is not recipe.model:
+            done = Path(shared) / _hash_of(stage, own)
+            done.parent.mkdir(parents=True, exist_ok=True)
         if done.is_dir():
             write(f"warm-up {number} of {len(stages)} was finished earlier.")
             model = type(model).from_pretrained(done)
@@ -68,6 +75,19 @@ def warm_up(recipe, task, train_dataset, folder, write):
             model.resize_answers(**task_next.answers)
     model._set_frozen(set(recipe.model.get("freeze") or ()))
     return model, processor
+
+
+def _hash_of(stage, own):
+    """What a first stage with a model of its own depends on."""
+    config = {key: value for key, value in stage.model["config"].items() if value is not None}
+    data = {
+        key: own[key]
+        for key in ("dataset", "rows", "train_split", "augment", "rows_per_image", "freeze")
+        if key in own
+    }
+    learning = (stage.training, own.get("training"), stage.learning_rates)
+    parts = (data, learning, stage.model["encoders"], config, stage.processor, stage.seed, stage.task)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def _of_its_own(stage, own):

@@ -1,0 +1,123 @@
+"""Ablations: variants are config keys, runs are resumed, the table is paired by seed."""
+
+import copy
+import csv
+
+import pytest
+import torch
+import zoo
+from crossmodal.training import ablate as module
+from crossmodal.training.ablate import VARIANTS, ablate, summarise, variants_of
+from crossmodal.training.recipes import Recipe
+from PIL import Image
+from test_modeling import lively
+from world import TINY_RECIPE, color_rows
+
+from crossmodal import CrossModalForVQA
+
+
+def recipe(folder, **changes):
+    values = copy.deepcopy(TINY_RECIPE) | {"dataset": "rows", "output_dir": str(folder), "name": "colors"}
+    values["training"] |= {"num_train_epochs": 1}
+    return Recipe(**values | changes)
+
+
+def test_a_variant_is_one_key_of_the_config(tmp_path):
+    run = recipe(tmp_path)
+    variants = variants_of(run)
+    assert list(variants) == [*VARIANTS, "vision alone", "text alone"]
+    for name, change in VARIANTS.items():
+        assert variants[name].model["config"] == run.model["config"] | change
+        assert variants[name].model["encoders"] == run.model["encoders"]
+    assert list(variants["text alone"].model["encoders"]) == ["text"]
+    chosen = variants_of(run, ["hidden_dropout=0.5", "concat"])
+    assert list(chosen) == ["full", "hidden_dropout=0.5", "concat"]
+    assert chosen["hidden_dropout=0.5"].model["config"]["hidden_dropout"] == 0.5
+    with pytest.raises(ValueError, match="'conct' is no variant. Expected some of \\['concat'"):
+        variants_of(run, ["conct"])
+
+
+def test_stages_that_hand_over_nothing_of_a_lone_modality_fall_away(tmp_path):
+    see = {"dataset": "drawn:shape_facts", "modalities": ["vision"], "keep": ["vision"], "config": {"pooling": "mean"}}
+    both = {"dataset": "drawn:shapes"}
+    variants = variants_of(recipe(tmp_path, warm_up=[see, both]))
+    assert variants["text alone"].warm_up == [both]
+    for name in ("full", "vision alone", "concat"):
+        first, second = variants[name].warm_up
+        assert second == both and first.items() >= (see | {"config": first["config"]}).items()
+        # The first stage has a model of its own: what a variant changes is as in `full` there.
+        assert first["config"] == {
+            "pooling": "mean",
+            "fusion_type": "cross",
+            "fusion_levels": "multi",
+            "gate": "content",
+            "modality_weighting": "adaptive",
+        }
+
+
+def test_a_closed_gate_keeps_streams_apart_and_builds_nothing_for_them():
+    model = lively(CrossModalForVQA(zoo.tiny_config(gate="closed"))).eval()
+    assert not any("cross_attn" in name or "gate" in name for name, _ in model.named_parameters())
+    batch = zoo.tiny_batch(model.config)
+    changed = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
+    before, after = (
+        model.crossmodal(**inputs, output_hidden_states=True).modality_tokens for inputs in (batch, changed)
+    )
+    torch.testing.assert_close(before["text"], after["text"], rtol=0, atol=0)
+    assert not torch.equal(before["vision"], after["vision"])
+
+
+def test_the_table_is_paired_by_seed():
+    scores = {("full", 1): 0.8, ("full", 2): 0.6, ("concat", 1): 0.7, ("concat", 2): 0.5}
+    results = {key: {"metrics": {"accuracy": value}, "parameters": 7} for key, value in scores.items()}
+    full, concat = summarise(results, ["full", "concat"], [1, 2], "accuracy")
+    assert full["mean"] == pytest.approx(0.7) and full["deviation"] == pytest.approx(0.1414, abs=1e-4)
+    # Far apart over seeds, and yet the same difference in each.
+    assert concat["difference"] == pytest.approx(-0.1) and concat["difference_deviation"] == pytest.approx(0)
+
+
+def test_a_sweep_is_resumed_and_reported(tmp_path, monkeypatch):
+    trained = []
+    real = module.train
+
+    def counted(run, **options):
+        trained.append((run.name, run.seed))
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return real(run, **options)
+
+    monkeypatch.setattr(module, "train", counted)
+    arguments = (["concat"], 2, color_rows(24), color_rows(12))
+    with pytest.raises(KeyboardInterrupt):
+        ablate(recipe(tmp_path / "sweep"), *arguments)
+    assert trained == [("full", 42), ("concat", 42), ("full", 43)]
+    table = ablate(recipe(tmp_path / "sweep"), *arguments)
+    assert trained[3:] == [("full", 43), ("concat", 43)]
+    assert [row["variant"] for row in table] == ["full", "concat"] and all(row["runs"] == 2 for row in table)
+    assert table[0]["difference"] == 0 and table[0]["parameters"] > table[1]["parameters"]
+    text = (tmp_path / "sweep" / "ablation.md").read_text()
+    assert "| full |" in text and "| concat |" in text and "±" in text
+    with open(tmp_path / "sweep" / "ablation.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        ("full", "42"),
+        ("concat", "42"),
+        ("full", "43"),
+        ("concat", "43"),
+    ]
+    assert not list((tmp_path / "sweep").rglob("checkpoint-*"))
+    with Image.open(tmp_path / "sweep" / "ablation.png") as plot:
+        assert plot.width > 600
+    # Another recipe is another run.
+    ablate(recipe(tmp_path / "sweep", min_answer_count=2), *arguments)
+    assert len(trained) == 9
+
+
+def test_the_first_stage_is_shared_by_runs_whose_stage_is_the_same(tmp_path, monkeypatch):
+    color_rows(24).to_parquet(tmp_path / "other.parquet")
+    stage = {"dataset": str(tmp_path / "other.parquet"), "modalities": ["vision"], "keep": ["vision"]}
+    stage |= {"training": {"max_steps": 1}, "config": {"fusion_type": "concat"}}
+    run = recipe(tmp_path / "sweep", warm_up=[stage])
+    ablate(run, ["uniform weights", "vision alone"], 2, color_rows(24), color_rows(12))
+    # One per seed, whatever the variant changes afterwards.
+    assert len(list((tmp_path / "sweep" / "warm_up").iterdir())) == 2

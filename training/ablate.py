@@ -1,0 +1,217 @@
+"""Which part of a model helps: a recipe trained again and again with one key of its config changed, over seeds."""
+
+import copy
+import csv
+import hashlib
+import json
+import shutil
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..modeling.configuration_crossmodal import CrossModalConfig
+from .building import encoders_and_config
+from .recipes import nearest
+from .tasks import TASKS
+from .train import train
+
+
+# Name to what it changes of the model's config. The first is what the others are compared with. A row is a sweep point and
+# no code: more of them come from the command line as `key=value`.
+VARIANTS = {
+    "full": {},
+    "no cross-attention": {"gate": "closed"},
+    "single level": {"fusion_levels": "single"},
+    "uniform weights": {"modality_weighting": "uniform"},
+    "concat": {"fusion_type": "concat"},
+    "joint": {"fusion_type": "joint"},
+    "interlaced": {"fusion_type": "interlaced"},
+    "mutual": {"fusion_type": "mutual"},
+    "bottleneck": {"fusion_type": "bottleneck"},
+}
+
+
+def variants_of(recipe, chosen=None):
+    """{name: recipe} of an ablation, `full` first.
+
+    Args:
+        recipe: Recipe. chosen: names of `VARIANTS`, `<modality> alone`, or `key=value` of the model's config; None takes all
+            that are named.
+
+    Raises:
+        ValueError: for a name that there is not.
+    """
+    encoders, config = encoders_and_config(recipe)
+    recipe = replace(recipe, warm_up=[_as_in_full(stage, config) for stage in recipe.warm_up])
+    alone = {f"{name} alone": name for name in encoders} if len(encoders) > 1 else {}
+    found = {}
+    for name in dict.fromkeys(["full", *(chosen or [*VARIANTS, *alone])]):
+        if name in alone:
+            found[name] = _with_only(recipe, encoders, config, alone[name])
+            continue
+        key, given, value = name.partition("=")
+        if given:
+            import yaml
+
+            change = {key: yaml.safe_load(value)}
+        elif name in VARIANTS:
+            change = VARIANTS[name]
+        else:
+            raise ValueError(
+                f"{name!r} is no variant. Expected some of {nearest(name, [*VARIANTS, *alone])}, or key=value of the config."
+            )
+        model = copy.deepcopy(recipe.model)
+        model["config"] = {**(model.get("config") or {}), **change}
+        found[name] = replace(recipe, model=model)
+    return found
+
+
+def _as_in_full(stage, config):
+    """A stage that trains a model of its own, made independent of what the variants change: all start from the same."""
+    if not {"modalities", "config"} & stage.keys():
+        return stage
+    changed = {key for change in VARIANTS.values() for key in change}
+    fixed = {key: config.get(key, getattr(CrossModalConfig, key)) for key in sorted(changed)}
+    return {**stage, "config": {**fixed, **stage.get("config", {})}}
+
+
+def _with_only(recipe, encoders, config, name):
+    """The recipe of one modality by itself; stages that hand over nothing of it fall away."""
+    config = config | {"fusion_queries": None}
+    model = {"encoders": {name: encoders[name]}, "config": config}
+    model["freeze"] = [frozen for frozen in recipe.model.get("freeze") or () if frozen == name]
+    stages = []
+    for stage in copy.deepcopy(recipe.warm_up):
+        if "keep" in stage:
+            stage["keep"] = [kept for kept in stage["keep"] if kept in (name, "fusion")]
+        for key in ("modalities", "freeze"):
+            if key in stage:
+                stage[key] = [given for given in stage[key] if given == name]
+        if stage.get("keep") != [] and stage.get("modalities") != []:
+            stages.append(stage)
+    rates = {key: rate for key, rate in recipe.learning_rates.items() if key in (name, "fusion", "head")}
+    return replace(recipe, model=model, warm_up=stages, learning_rates=rates)
+
+
+def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, write=print):
+    """Trains every variant of a recipe over seeds; runs that were finished earlier are read.
+
+    Args:
+        recipe: Recipe, whose `output_dir` takes the results, and whose `seed` is the first one.
+        chosen: see `variants_of`. seeds: how many.
+        train_rows, eval_rows: instead of `recipe.dataset`.
+
+    Returns:
+        list of dicts `{"variant", "runs", "mean", "deviation", "difference", "difference_deviation", "parameters"}` of the
+        task's main metric; differences are to `full`, seed by seed.
+    """
+    metric, folder = TASKS[recipe.task].main_metric, Path(recipe.output_dir)
+    variants = variants_of(recipe, chosen)
+    plan = [(name, seed) for seed in range(recipe.seed, recipe.seed + seeds) for name in variants]
+    results, names = {}, {"train_rows": train_rows, "eval_rows": eval_rows}
+    with tqdm(total=len(plan), desc="ablation", unit="run") as bar:
+        for name, seed in plan:
+            bar.set_postfix_str(f"{name}, seed {seed}")
+            run = replace(
+                variants[name],
+                seed=seed,
+                name=name,
+                output_dir=str(folder / _slug(name) / f"seed-{seed}"),
+                training={**variants[name].training, "disable_tqdm": True, "save_total_limit": 1},
+            )
+            results[name, seed] = _run_once(run, names, folder / "warm_up", write)
+            bar.update()
+            bar.write(f"{name}, seed {seed}: {metric} {results[name, seed]['metrics'][metric]:.4f}")
+    table = summarise(results, list(variants), range(recipe.seed, recipe.seed + seeds), metric)
+    _write_reports(folder, recipe, results, table, metric)
+    return table
+
+
+def _run_once(run, rows, shared, write):
+    """Result of one run, from its file if it was finished with this very recipe."""
+    folder = Path(run.output_dir)
+    known = {key: value for key, value in asdict(run).items() if key not in ("output_dir", "name")}
+    stamp = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    file = folder / "result.json"
+    if file.exists():
+        found = json.loads(file.read_text())
+        if found["recipe"] == stamp:
+            return found
+    fresh = not (folder / "checkpoints" / "recipe.json").exists() or file.exists()
+    result = train(run, **rows, fresh=fresh, write=lambda line: None, export=False, warm_up_folder=shared)
+    kept = (
+        "metrics",
+        "majority",
+        "parameters",
+        "trainable_parameters",
+        "minutes",
+        "seed",
+        "epochs",
+        "eval_rows",
+        "chosen_on",
+    )
+    found = {key: result[key] for key in kept} | {"recipe": stamp}
+    aside = file.with_suffix(".writing")
+    aside.write_text(json.dumps(found, indent=1))
+    aside.replace(file)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return found
+
+
+def summarise(results, variants, seeds, metric):
+    """Rows of the table: mean and sample deviation of each variant, and of its difference to `full`, seed by seed."""
+    table = []
+    for name in variants:
+        scores = [results[name, seed]["metrics"][metric] for seed in seeds]
+        paired = [results[name, seed]["metrics"][metric] - results["full", seed]["metrics"][metric] for seed in seeds]
+        table.append(
+            {
+                "variant": name,
+                "runs": len(scores),
+                "mean": statistics.mean(scores),
+                "deviation": statistics.stdev(scores) if len(scores) > 1 else 0.0,
+                "difference": statistics.mean(paired),
+                "difference_deviation": statistics.stdev(paired) if len(paired) > 1 else 0.0,
+                "parameters": results[name, seeds[0]]["parameters"],
+            }
+        )
+    return table
+
+
+def as_markdown(table, metric):
+    """The table of `ablate` as Markdown, in per cent."""
+    lines = [f"| variant | {metric} (%) | against full, paired | runs | parameters |", "|---|---|---|---|---|"]
+    for row in table:
+        paired = f"{100 * row['difference']:+.2f} ± {100 * row['difference_deviation']:.2f}"
+        lines.append(
+            f"| {row['variant']} | {100 * row['mean']:.2f} ± {100 * row['deviation']:.2f} | "
+            f"{'' if row['variant'] == 'full' else paired} | {row['runs']} | {row['parameters']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def _write_reports(folder, recipe, results, table, metric):
+    """`ablation.md`, `ablation.csv` (every run) and `ablation.png`."""
+    from .pictures import ablation_plot
+
+    first = next(iter(results.values()))
+    (folder / "ablation.md").write_text(
+        f"# {recipe.name}: {Path(recipe.dataset).name}, {recipe.eval_split}, {first['eval_rows']:,} rows\n\n"
+        f"{as_markdown(table, metric)}\n\nMean and sample deviation over seeds. Most common answer: "
+        f"{100 * first['majority'][metric]:.2f} %.\n"
+    )
+    with open(folder / "ablation.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["variant", "seed", *first["metrics"], "minutes", "epochs", "parameters", "trainable_parameters"]
+        )
+        for (name, seed), result in results.items():
+            numbers = [result[key] for key in ("minutes", "epochs", "parameters", "trainable_parameters")]
+            writer.writerow([name, seed, *result["metrics"].values(), *numbers])
+    ablation_plot(table, results, metric, first["majority"][metric], folder / "ablation.png")
+
+
+def _slug(name):
+    return "".join(c if c.isalnum() else "-" for c in name)
