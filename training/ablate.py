@@ -119,6 +119,7 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, write=
                 seed=seed,
                 name=name,
                 output_dir=str(folder / _slug(name) / f"seed-{seed}"),
+                token_cache=str(folder / "tokens") if recipe.token_cache is True else recipe.token_cache,
                 training={**variants[name].training, "disable_tqdm": True, "save_total_limit": 1},
             )
             results[name, seed] = _run_once(run, names, folder / "warm_up", write)
@@ -132,7 +133,7 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, write=
 def _run_once(run, rows, shared, write):
     """Result of one run, from its file if it was finished with this very recipe."""
     folder = Path(run.output_dir)
-    known = {key: value for key, value in asdict(run).items() if key not in ("output_dir", "name")}
+    known = {key: value for key, value in asdict(run).items() if key not in ("output_dir", "name", "token_cache")}
     stamp = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = folder / "result.json"
     if file.exists():

@@ -33,8 +33,8 @@ class Recipe:
             `{model: ..., levels: ...}`), `config` (fields of CrossModalConfig), `freeze`.
         processor: `image_size` [height, width] for encoders without an image processor of their own; `tokenizer`: a Hub
             id or folder, or `train` to train one of `vocab_size` on the questions.
-        token_cache: folder for the tokens of frozen encoders, which are then computed once, or true for the cache folder of
-            Hugging Face.
+        token_cache: true keeps the tokens of frozen encoders with the checkpoints of the run, where they are computed once;
+            a folder shares them between runs.
         learning_rates: per modality encoder, `fusion` and `head`; others take `training.learning_rate`.
         training: arguments of transformers' TrainingArguments.
         warm_up: stages on other data before this run, a list of `dataset` with any of `rows`, `train_split`, `augment`,

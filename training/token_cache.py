@@ -177,7 +177,8 @@ def with_cached_tokens(recipe, model, processor, datasets, write):
     """
     if not recipe.token_cache:
         return datasets
-    cache = TokenCache(model, processor, None if recipe.token_cache is True else recipe.token_cache)
+    own = Path(recipe.output_dir, "checkpoints", "tokens")
+    cache = TokenCache(model, processor, own if recipe.token_cache is True else recipe.token_cache)
     done, cached = {}, {}
     for name, dataset in datasets.items():
         if id(dataset) not in done:

@@ -101,8 +101,8 @@ def _claim_folder(recipe, output, fresh, write):
     checkpoints, stamp = output / "checkpoints", output / "checkpoints" / "recipe.json"
     remove_unfinished(output, write)
     wanted = json.loads(json.dumps(asdict(recipe)))
-    # A path says where a run lies, not what it is.
-    wanted.pop("output_dir")
+    # Paths say where a run lies, not what it is.
+    wanted = {key: value for key, value in wanted.items() if key not in ("output_dir", "token_cache")}
     if fresh:
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif stamp.exists():
