@@ -296,8 +296,10 @@ def test_a_warm_up_is_taken_over_and_not_repeated(tmp_path):
     # Nothing was learnt after the warm-up, and the answers that both share were kept.
     assert set(result["model"].config.label2id) == {"red", "green"} and result["metrics"]["accuracy"] == 1.0
     again = []
-    train(recipe(tmp_path / "run", **changes), two, two, write=again.append, export=False)
+    resumed = train(recipe(tmp_path / "run", **changes), two, two, write=again.append)
     assert any("finished earlier" in line for line in again)
+    assert resumed["resumed"] and not result["resumed"]
+    assert "minutes since it was last resumed" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_a_stage_may_train_a_model_of_its_own_of_which_the_run_keeps_an_encoder(tmp_path):

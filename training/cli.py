@@ -41,7 +41,8 @@ def train(
     result = run(loaded, fresh=fresh, write=_note)
     table = {"this model": result["metrics"], "most common answer": result["majority"]}
     _print_table(f"{loaded.name}: {loaded.eval_split}, {result['eval_rows']:,} rows", table)
-    _note(f"{result['minutes']:.1f} minutes; the model is in {loaded.output_dir}")
+    since = " since it was resumed" if result["resumed"] else ""
+    _note(f"{result['minutes']:.1f} minutes{since}; the model is in {loaded.output_dir}")
     if as_json:
         keys = ("metrics", "majority", "parameters", "trainable_parameters", "minutes", "seed", "epochs", "eval_rows")
         _print_json({key: result[key] for key in keys} | {"output_dir": loaded.output_dir})

@@ -63,6 +63,7 @@ _REPORTED = (
     "parameters",
     "trainable_parameters",
     "minutes",
+    "resumed",
     "seed",
     "epochs",
     "eval_rows",

@@ -30,13 +30,15 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         warm_up_folder: of finished stages of `warm_up` that several runs share; None keeps them with the run.
 
     Returns:
-        dict with `metrics` on the evaluation split, `majority`, `model`, `processor`, `minutes`, `parameters`.
+        dict with `metrics` on the evaluation split, `majority`, `model`, `processor`, `minutes` (of this call alone, where it
+        `resumed` an earlier one), `parameters`.
 
     Raises:
         ValueError: for data, models or folders that do not fit, before training starts.
     """
     started = time.time()
     output = Path(recipe.output_dir)
+    resumed = not fresh and (output / "checkpoints" / "recipe.json").exists()
     checkpoint = _claim_folder(recipe, output, fresh, write)
     set_seed(recipe.seed)
     train_rows = _rows(recipe, train_rows, recipe.train_split, recipe.max_train_rows)
@@ -81,6 +83,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         "parameters": total,
         "trainable_parameters": trainable,
         "minutes": (time.time() - started) / 60,
+        "resumed": resumed,
         "seed": recipe.seed,
         "epochs": trainer.state.epoch,
         "eval_rows": len(eval_dataset),
