@@ -182,7 +182,9 @@ class FusionOperator(nn.Module):
 
     def forward(self, levels, masks, spread=None, output_attentions=False):
         spread = spread or {}
-        shared = {name: function for name, function in spread.items() if name in self.shared}
+        # A modality by itself depends on its own input alone, whatever the operator.
+        alone = len(levels) == 1 and all(mask is None for mask in masks.values())
+        shared = {name: function for name, function in spread.items() if alone or name in self.shared}
         levels = {
             name: list(map(spread[name], depths)) if name in spread and name not in shared else depths
             for name, depths in levels.items()

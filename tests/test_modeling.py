@@ -385,6 +385,19 @@ def test_rows_that_share_an_input_may_give_it_once():
     torch.testing.assert_close(model(**shared, modality_mask=presence).logits, one.logits, **CLOSE)
 
 
+@fusion_types
+def test_a_modality_by_itself_is_fused_once_for_all_rows_that_share_it(fusion_type):
+    model = shared_model(fusion_type)
+    images = zoo.tiny_batch(model.config)["pixel_values"]
+    index = torch.tensor([1, 0, 1, 1])
+    seen = []
+    handle = model.crossmodal.fusion.norms["photo"].register_forward_hook(lambda m, i, out: seen.append(len(out)))
+    shared = model(pixel_values=images[:2], pixel_values_index=index)
+    handle.remove()
+    assert seen == [2]
+    torch.testing.assert_close(shared.logits, model(pixel_values=images[index]).logits, **CLOSE)
+
+
 def test_output_comes_as_a_tuple_when_asked():
     model = shared_model()
     batch, labels = zoo.tiny_batch(model.config), torch.tensor([0, 1, 2, 3])

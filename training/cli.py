@@ -217,7 +217,8 @@ def _print_table(title, rows):
         table.add_column(name, justify="right")
     for label, row in rows.items():
         table.add_row(label, *(f"{row[name]:.3f}" if name in row else "" for name in names))
-    Console().print(table)
+    # Where nobody says how wide it is (a file, a pipe), names are worth more than a short line.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _print_json(value):

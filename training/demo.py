@@ -68,8 +68,12 @@ def demo(output="outputs/demo", images=4500, epochs=3, seed=0, write=print):
         vision = _learn_to_see(images * 3 // 4, seed, Path(scratch), write)
         write(f"The encoder of images has learnt to see in {(time.time() - started) / 60:.1f} minutes.")
         for name, change in CONTENDERS.items():
+            folder = output if name == "CrossModal" else Path(scratch) / name
+            recipe = _recipe(name, change, vision, folder, epochs, seed)
+            if recipe.model["freeze"]:
+                recipe.token_cache = str(Path(scratch) / "tokens")
             result = train(
-                _recipe(name, change, vision, output if name == "CrossModal" else Path(scratch) / name, epochs, seed),
+                recipe,
                 worlds["train"],
                 worlds["validation"],
                 fresh=True,
