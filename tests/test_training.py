@@ -17,7 +17,7 @@ from crossmodal.training.evaluate import evaluate
 from crossmodal.training.publish import export_folder
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.tasks import VQATask
-from crossmodal.training.train import train
+from crossmodal.training.train import recipe_text, train
 from crossmodal.training.trainer import TrainingDiverged, last_whole_checkpoint
 from datasets import Dataset
 from transformers import TrainingArguments
@@ -66,6 +66,15 @@ def test_the_output_folder_is_a_whole_hub_repo(trained):
     for path in folder.iterdir():
         if path.suffix in (".json", ".md", ".yaml", ".py"):
             assert str(folder) not in path.read_text(), f"{path.name} tells where it was made"
+
+
+def test_a_published_recipe_names_no_path_of_this_machine(tmp_path):
+    (tmp_path / "data").mkdir()
+    run = recipe(tmp_path / "run", token_cache=str(tmp_path / "tokens"), warm_up=[{"dataset": str(tmp_path / "data")}])
+    run.model["encoders"]["vision"] = {"model": str(tmp_path / "gone" / "encoder")}
+    text = recipe_text(run)
+    assert str(tmp_path) not in text and "token_cache: true" in text
+    assert "model: encoder" in text and "dataset: data" in text
 
 
 def test_the_saved_model_scores_what_the_run_reported(trained):

@@ -95,7 +95,7 @@ def _with_only(recipe, encoders, config, name):
     return replace(recipe, model=model, warm_up=stages, learning_rates=rates)
 
 
-def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, write=print):
+def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None):
     """Trains every variant of a recipe over seeds; runs that were finished earlier are read.
 
     Args:
@@ -110,7 +110,7 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, write=
     metric, folder = TASKS[recipe.task].main_metric, Path(recipe.output_dir)
     variants = variants_of(recipe, chosen)
     plan = [(name, seed) for seed in range(recipe.seed, recipe.seed + seeds) for name in variants]
-    results, names = {}, {"train_rows": train_rows, "eval_rows": eval_rows}
+    results, rows = {}, {"train_rows": train_rows, "eval_rows": eval_rows}
     with tqdm(total=len(plan), desc="ablation", unit="run") as bar:
         for name, seed in plan:
             bar.set_postfix_str(f"{name}, seed {seed}")
@@ -122,7 +122,7 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, write=
                 token_cache=str(folder / "tokens") if recipe.token_cache is True else recipe.token_cache,
                 training={**variants[name].training, "disable_tqdm": True, "save_total_limit": 1},
             )
-            results[name, seed] = _run_once(run, names, folder / "warm_up", write)
+            results[name, seed] = _run_once(run, rows, folder / "warm_up")
             bar.update()
             bar.write(f"{name}, seed {seed}: {metric} {results[name, seed]['metrics'][metric]:.4f}")
     table = summarise(results, list(variants), range(recipe.seed, recipe.seed + seeds), metric)
@@ -130,7 +130,7 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, write=
     return table
 
 
-def _run_once(run, rows, shared, write):
+def _run_once(run, rows, shared):
     """Result of one run, from its file if it was finished with this very recipe."""
     folder = Path(run.output_dir)
     known = {key: value for key, value in asdict(run).items() if key not in ("output_dir", "name", "token_cache")}

@@ -115,7 +115,7 @@ def ablate(
     from .ablate import as_markdown
     from .tasks import TASKS
 
-    table = run(loaded, variant, seeds, write=_note)
+    table = run(loaded, variant, seeds)
     print(as_markdown(table, TASKS[loaded.task].main_metric))
     _note(f"table, runs and plot: {loaded.output_dir}/ablation.md, .csv, .png")
     if as_json:

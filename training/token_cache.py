@@ -17,10 +17,11 @@ from huggingface_hub.constants import HF_HOME
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..processing.processing_crossmodal import _SUB_PROCESSORS
+
 
 # Inputs of one file: large enough for few files, small enough to lose little when a run is cut off.
 _CHUNK = 512
-_SUB_PROCESSORS = {"vision": "image_processor", "text": "tokenizer", "audio": "feature_extractor"}
 
 
 def content_key(value):

@@ -133,8 +133,17 @@ def _claim_folder(recipe, output, fresh, write):
 def recipe_text(recipe):
     """The recipe as published: without the paths of this machine."""
     values = {key: value for key, value in asdict(recipe).items() if value not in (None, {}, "")}
-    for key in ("dataset", "output_dir", "name"):
-        values[key] = (
-            Path(str(values.get(key, ""))).name if Path(str(values.get(key, ""))).exists() else values.get(key)
-        )
-    return yaml.safe_dump(values, sort_keys=False)
+    if isinstance(values.get("token_cache"), str):
+        values["token_cache"] = True
+    return yaml.safe_dump(_without_paths(values), sort_keys=False)
+
+
+def _without_paths(value):
+    """A value of a recipe, with the last part of a path alone, however deep it lies."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    # A folder that is gone by now is no name on the Hub either.
+    is_path = isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
+    return Path(value).name if is_path else value
