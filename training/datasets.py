@@ -93,6 +93,12 @@ def _drawn_shapes(split, rows):
     return shapes_dataset(-(-rows // len(KINDS)), split)
 
 
+def _drawn_simple_shapes(split, rows):
+    from .shapes import SIMPLE_KINDS, shapes_dataset
+
+    return shapes_dataset(-(-rows // len(SIMPLE_KINDS)), split, kinds=SIMPLE_KINDS)
+
+
 def _drawn_shape_facts(split, rows):
     from .shapes import facts_dataset
 
@@ -114,6 +120,7 @@ def _drawn_box_facts(split, rows):
 # Worlds that the project draws itself: name to (split, number of rows) -> rows.
 DRAWN = {
     "drawn:shapes": _drawn_shapes,
+    "drawn:simple_shapes": _drawn_simple_shapes,
     "drawn:shape_facts": _drawn_shape_facts,
     "drawn:boxes": _drawn_boxes,
     "drawn:box_facts": _drawn_box_facts,

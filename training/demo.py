@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,11 @@ from .datasets import RowDataset
 from .evaluate import predict_logits, task_of
 from .publish import export_folder
 from .recipes import Recipe
-from .shapes import KINDS, facts_dataset, shapes_dataset
+from .shapes import IMAGE_SIZE, KINDS, SIMPLE_KINDS, shapes_dataset
 from .train import train
 
 
-# What each contender of the table changes. Encoders, data, epochs and seed are the same for all; the encoder of images has
-# learnt to see beforehand, and rests.
+# What each contender of the table changes. Encoders, data, stages, epochs and seed are the same for all.
 CONTENDERS = {
     "CrossModal": {},
     "concat": {"config": {"fusion_type": "concat"}},
@@ -45,6 +43,7 @@ _TRAINING = {
 
 
 _SEEING = {"num_train_epochs": 4, "per_device_train_batch_size": 24, "learning_rate": 3.0e-3}
+_SIMPLE = {"num_train_epochs": 2}
 
 
 def demo(output="outputs/demo", images=4500, epochs=3, seed=0, write=print):
@@ -52,7 +51,7 @@ def demo(output="outputs/demo", images=4500, epochs=3, seed=0, write=print):
 
     Args:
         output: becomes a Hub folder, with `answers.png` beside the weights.
-        images: of the training world, each with up to six questions. epochs: over them. seed: of world and weights.
+        images: of the training world, each with up to seven questions. epochs: over them. seed: of world and weights.
         write: takes each line of report.
 
     Returns:
@@ -64,14 +63,10 @@ def demo(output="outputs/demo", images=4500, epochs=3, seed=0, write=print):
               (("train", images), ("validation", 500), ("test", 500))}  # fmt: skip
     table, trained = {}, {}
     with tempfile.TemporaryDirectory(prefix="crossmodal-demo-") as scratch:
-        started = time.time()
-        vision = _learn_to_see(images * 3 // 4, seed, Path(scratch), write)
-        write(f"The encoder of images has learnt to see in {(time.time() - started) / 60:.1f} minutes.")
+        scratch = Path(scratch)
         for name, change in CONTENDERS.items():
-            folder = output if name == "CrossModal" else Path(scratch) / name
-            recipe = _recipe(name, change, vision, folder, epochs, seed)
-            if recipe.model["freeze"]:
-                recipe.token_cache = str(Path(scratch) / "tokens")
+            folder = output if name == "CrossModal" else scratch / name
+            recipe = _recipe(name, change, folder, scratch, images, epochs, seed)
             result = train(
                 recipe,
                 worlds["train"],
@@ -79,11 +74,13 @@ def demo(output="outputs/demo", images=4500, epochs=3, seed=0, write=print):
                 fresh=True,
                 write=write,
                 export=False,
+                warm_up_folder=scratch / "stages",
             )
             table[name] = _accuracy_by_kind(result["model"], result["processor"], worlds["test"])
             table[name]["minutes"] = result["minutes"]
             trained[name] = result
-        recipe = _recipe("CrossModal", {}, vision, output, epochs, seed)
+            if name == "CrossModal":
+                published = recipe
     table["most common answer"] = _majority(worlds)
     best = trained["CrossModal"] | {
         "metrics": {"accuracy": table["CrossModal"]["all"]},
@@ -95,8 +92,8 @@ def demo(output="outputs/demo", images=4500, epochs=3, seed=0, write=print):
         },
         "eval_rows": len(worlds["test"]),
     }
-    recipe.name, recipe.eval_split = "crossmodal-tiny-shapes", "test"
-    export_folder(best["model"], best["processor"], output, recipe=recipe, result=best)
+    published.name, published.eval_split = "crossmodal-tiny-shapes", "test"
+    export_folder(best["model"], best["processor"], output, recipe=published, result=best)
     fresh = shapes_dataset(12, "test", seed + 1, questions_per_image=1)
     records = ask_in_clean_process(output, fresh)
     from .pictures import answer_grid
@@ -109,50 +106,30 @@ def demo(output="outputs/demo", images=4500, epochs=3, seed=0, write=print):
     return table
 
 
-def _learn_to_see(images, seed, scratch, write):
-    """Folder of the `tiny` encoder of images, trained to name all that is in a drawn picture."""
+def _recipe(name, change, folder, scratch, images, epochs, seed):
+    """The recipe of a contender. It first learns to see, if it has eyes, and then to answer what takes one look."""
     preset = load_preset("tiny")
-    recipe = Recipe(
-        task="vqa",
-        dataset="drawn shapes",
-        output_dir=str(scratch / "seeing"),
-        seed=seed,
-        # Nothing between the encoder and the answers: it is the encoder that is to learn.
-        model={
-            "encoders": {"vision": preset["modalities"]["vision"]},
-            "config": {"hidden_size": preset["hidden_size"], "num_attention_heads": preset["num_attention_heads"]}
-            | {"num_fusion_layers": 1, "fusion_type": "concat", "pooling": "mean", "hidden_dropout": 0.0},
-        },
-        processor={"image_size": [64, 64]},
-        training=_TRAINING | _SEEING,
-        name="learning to see",
-    )
-    seen = train(
-        recipe,
-        facts_dataset(images, "train", seed),
-        facts_dataset(100, "validation", seed),
-        fresh=True,
-        write=write,
-        export=False,
-    )
-    seen["model"].crossmodal.encoders["vision"].save_pretrained(scratch / "vision")
-    return scratch / "vision"
-
-
-def _recipe(name, change, vision, folder, epochs, seed):
-    preset = load_preset("tiny")
-    encoders = {"vision": {"model": str(vision)}, "text": preset.pop("modalities")["text"]}
+    encoders = preset.pop("modalities")
     config = preset | change.get("config", {})
     if "only" in change:
         encoders, config = {change["only"]: encoders[change["only"]]}, preset | {"fusion_queries": None}
+    stages = [{"dataset": "drawn:simple_shapes", "rows": images * len(SIMPLE_KINDS), "training": _SIMPLE}]
+    stages[0]["rows_per_image"] = len(SIMPLE_KINDS)
+    if "vision" in encoders:
+        # Nothing between the encoder and the answers: it is the encoder that is to learn.
+        alone = {"num_fusion_layers": 1, "fusion_type": "concat", "fusion_queries": None, "pooling": "mean"}
+        seeing = {"dataset": "drawn:shape_facts", "rows": images * 3 // 4, "training": _SEEING}
+        stages.insert(0, seeing | {"modalities": ["vision"], "config": alone, "freeze": [], "keep": ["vision"]})
     return Recipe(
         task="vqa",
-        dataset="drawn shapes",
+        dataset="drawn:shapes",
         output_dir=str(folder),
         seed=seed,
         rows_per_image=len(KINDS),
         model={"encoders": encoders, "config": config, "freeze": ["vision"] if "vision" in encoders else []},
-        processor={"image_size": [64, 64], "tokenizer": "train"},
+        processor={"image_size": [IMAGE_SIZE, IMAGE_SIZE], "tokenizer": "train"},
+        token_cache=str(scratch / "tokens") if "vision" in encoders else None,
+        warm_up=stages,
         training=_TRAINING | {"num_train_epochs": epochs},
         name=name,
     )

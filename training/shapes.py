@@ -18,7 +18,9 @@ from PIL import Image, ImageDraw
 if TYPE_CHECKING:
     from datasets import Dataset
 
-KINDS = ("exists", "color", "shape", "count", "relation", "comparison")
+KINDS = ("exists", "color", "shape", "count", "place", "relation", "comparison")
+# One look at one thing answers these. Without them first, two looks and a comparison of what they find are not learnt.
+SIMPLE_KINDS = ("exists", "color", "shape", "place")
 SPLITS = ("train", "validation", "test")
 SHAPES = ("circle", "square", "triangle")
 COLORS = {
@@ -38,6 +40,7 @@ _RADII = (9.0, 12.0)  # of the circle around a thing
 _GAP = 2.5  # least distance between the circles around two things
 _PATIENCE = 100  # misses before places are drawn anew
 _MARGIN = 12.0  # least distance between two centres along the axis that a relation names
+_OFF_CENTRE = 6.0  # least distance of a centre from the middle of the image, where a side of it is asked for
 
 # Relative to the circle around a thing, y pointing down. For areas that are alike, the triangle sticks out of
 # its circle with two corners, by less than half the gap.
@@ -55,11 +58,15 @@ _PHRASES = {
 }
 # Axis, and sign along it of the way from the first thing to the second.
 _RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
+# Axis, and the answers where the first thing comes first along it, and where it comes last.
+_DIRECTIONS = {"left or right of": (0, ("left", "right")), "above or below": (1, ("above", "below"))}
+_SIDES = {"on the left or on the right": (0, ("left", "right")), "at the top or at the bottom": (1, ("top", "bottom"))}
 _TEMPLATES = {
     "exists": ("is there a {0}?", "can you see a {0}?", "does the picture show a {0}?"),
     "color": ("what color is the {0}?", "what is the color of the {0}?", "which color does the {0} have?"),
     "shape": ("what shape is the {0} thing?", "what is the shape of the {0} thing?", "which shape is {0}?"),
     "count": ("how many {0}s are there?", "how many {0}s can you see?", "what is the number of {0}s?"),
+    "place": ("is the {0} {1}?", "do you see the {0} {1}?"),
     "relation": ("is the {0} {1} the {2}?", "do you see the {0} {1} the {2}?"),
     "comparison": ("are there more {0}s than {1}s?", "do you see more {0}s than {1}s?"),
 }
@@ -159,6 +166,11 @@ def questions_about(scene: list[Thing]) -> Iterator[Question]:
             yield Question("exists", naming, (phrase,), _yes_no(count[phrase] > 0))
             if naming != "both":
                 yield Question("count", naming, (phrase,), str(count[phrase]))
+            if phrase in unique:
+                for sides, (axis, answers) in _SIDES.items():
+                    offset = (unique[phrase].x, unique[phrase].y)[axis] - IMAGE_SIZE / 2
+                    if abs(offset) >= _OFF_CENTRE:
+                        yield Question("place", naming, (phrase, sides), answers[offset > 0])
         for a, b in permutations(phrases, 2):
             if naming != "both" and count[a] != count[b]:
                 yield Question("comparison", naming, (a, b), _yes_no(count[a] > count[b]))
@@ -167,6 +179,9 @@ def questions_about(scene: list[Thing]) -> Iterator[Question]:
                 for relation, (axis, sign) in _RELATIONS.items():
                     if abs(way[axis]) >= _MARGIN:
                         yield Question("relation", naming, (a, relation, b), _yes_no(sign * way[axis] > 0))
+                for directions, (axis, answers) in _DIRECTIONS.items():
+                    if abs(way[axis]) >= _MARGIN:
+                        yield Question("relation", naming, (a, directions, b), answers[way[axis] < 0])
 
 
 def _yes_no(truth: bool) -> str:
@@ -185,7 +200,11 @@ def _tallies(question: Question) -> tuple[tuple, ...]:
 
 
 def draw_rows(
-    num_images: int, questions_per_image: int = len(KINDS), split: str = "train", seed: int = 0
+    num_images: int,
+    questions_per_image: int = len(KINDS),
+    split: str = "train",
+    seed: int = 0,
+    kinds: tuple[str, ...] = KINDS,
 ) -> list[dict]:
     """Draw images with questions of different kinds; the same arguments give the same rows.
 
@@ -195,6 +214,7 @@ def draw_rows(
             scene allows fewer: one thing alone has no relation).
         split: "train", "validation" or "test".
         seed: another seed draws another world.
+        kinds: of questions, some of `KINDS`.
 
     Returns:
         Rows with `image` (RGB, 64 x 64, shared by its rows), `image_id`, `question`, `answer` and `kind`.
@@ -214,9 +234,10 @@ def draw_rows(
         image = draw_scene(scene, rng)
         by_kind = defaultdict(list)
         for question in questions_about(scene):
-            by_kind[question.kind].append(question)
-        kinds = sorted(by_kind, key=lambda kind: (asked[kind], rng.random()))
-        for kind in kinds[:questions_per_image]:
+            if question.kind in kinds:
+                by_kind[question.kind].append(question)
+        in_turn = sorted(by_kind, key=lambda kind: (asked[kind], rng.random()))
+        for kind in in_turn[:questions_per_image]:
             question = _least_asked(by_kind[kind], asked, rng)
             asked.update((kind, *_tallies(question)))
             text = rng.choice(_TEMPLATES[kind]).format(*question.words)
@@ -226,13 +247,17 @@ def draw_rows(
 
 
 def shapes_dataset(
-    num_images: int, split: str = "train", seed: int = 0, questions_per_image: int = len(KINDS)
+    num_images: int,
+    split: str = "train",
+    seed: int = 0,
+    questions_per_image: int = len(KINDS),
+    kinds: tuple[str, ...] = KINDS,
 ) -> "Dataset":
     """The rows of `draw_rows` as a `datasets.Dataset`, with the columns that a VQA set from the Hub has."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
-    rows = draw_rows(num_images, questions_per_image, split=split, seed=seed)
+    rows = draw_rows(num_images, questions_per_image, split=split, seed=seed, kinds=kinds)
     images = {row["image_id"]: row["image"] for row in rows}
     files = {image_id: _png(image) for image_id, image in images.items()}
     text = Value("string")
