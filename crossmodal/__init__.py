@@ -12,8 +12,8 @@ _EXPORTS = {
     "CrossModalConfig": "modeling.configuration_crossmodal",
     "FeatureSequenceConfig": "modeling.configuration_crossmodal",
     "CrossModalModel": "modeling.modeling_crossmodal",
-    "CrossModalForVQA": "modeling.modeling_crossmodal",
-    "CrossModalForSequenceClassification": "modeling.modeling_crossmodal",
+    "CrossModalForVQA": "modeling.classification_crossmodal",
+    "CrossModalForSequenceClassification": "modeling.classification_crossmodal",
     "CrossModalProcessor": "processing.processing_crossmodal",
     "CrossModalVQAPipeline": "processing.pipeline_crossmodal",
     "CrossModalTrainer": "training.trainer",
@@ -28,6 +28,7 @@ _AUTO_CLASSES = {
     "AutoModelForVisualQuestionAnswering": "CrossModalForVQA",
     "AutoModelForSequenceClassification": "CrossModalForSequenceClassification",
 }
+HEADS = tuple(head for head in _AUTO_CLASSES.values() if head != "CrossModalModel")
 
 
 def _register():

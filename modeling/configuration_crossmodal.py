@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 _AUTO_MAP = {
     "AutoConfig": "configuration_crossmodal.CrossModalConfig",
     "AutoModel": "modeling_crossmodal.CrossModalModel",
-    "AutoModelForVisualQuestionAnswering": "modeling_crossmodal.CrossModalForVQA",
-    "AutoModelForSequenceClassification": "modeling_crossmodal.CrossModalForSequenceClassification",
+    "AutoModelForVisualQuestionAnswering": "classification_crossmodal.CrossModalForVQA",
+    "AutoModelForSequenceClassification": "classification_crossmodal.CrossModalForSequenceClassification",
     "AutoProcessor": "processing_crossmodal.CrossModalProcessor",
 }
 

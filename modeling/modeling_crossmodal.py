@@ -1,12 +1,14 @@
-"""CrossModal models: encoders of any modality, fused by cross-modal attention, with a head per task.
+"""The base of every CrossModal model: encoders of any modality, fused by cross-modal attention.
 
-`CrossModalModel.forward` reads as encode, project, fuse. Heads turn its output into logits and a loss.
+`CrossModalModel.forward` reads as encode, project, fuse. Heads, in files of their own, turn its output into logits and a loss.
 
-Letters: B batch, T_m tokens of modality m, D hidden_size, M modalities, A answers.
+Letters: B batch, T_m tokens of modality m, D hidden_size, M modalities.
 Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
 """
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,8 +34,6 @@ from .encoders_crossmodal import (
     unpack_tokens,
 )
 from .fusion_crossmodal import FUSIONS, StaticGate
-from .heads_crossmodal import AuxiliaryHeads, ClassificationHead
-from .losses_crossmodal import class_loss, soft_target_loss, unimodal_losses
 from .pooling_crossmodal import ModalityWeighting, TokenPooling, masked_mean
 
 
@@ -71,24 +71,6 @@ class CrossModalOutput(ModelOutput):
     modality_tokens: dict[str, torch.FloatTensor] | None = None
     token_grids: dict[str, tuple[int, int]] | None = None
     cross_attentions: tuple[dict[str, torch.FloatTensor], ...] | None = None
-
-
-@dataclass
-class CrossModalClassifierOutput(ModelOutput):
-    """Output of a classification head: loss (scalar, with labels), logits (B,A), and what the base model says.
-
-    auxiliary_logits (B,M,A) are of each modality alone, auxiliary_losses (M,) theirs; with `auxiliary_loss_weight`.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    modality_weights: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    modality_tokens: dict[str, torch.FloatTensor] | None = None
-    token_grids: dict[str, tuple[int, int]] | None = None
-    cross_attentions: tuple[dict[str, torch.FloatTensor], ...] | None = None
-    auxiliary_logits: torch.FloatTensor | None = None
-    auxiliary_losses: torch.FloatTensor | None = None
 
 
 class ModalityProjection(nn.Module):
@@ -226,7 +208,12 @@ class CrossModalPreTrainedModel(PreTrainedModel):
                     "encoder. Add the class to ENCODERS in encoders_crossmodal.py with a config of its own, or "
                     "save `model.state_dict()` for your own use."
                 )
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        # transformers copies the file of this class and what it imports; `auto_map` names every class of the family.
+        if self._auto_class is not None and kwargs.get("is_main_process", True):
+            for source in Path(__file__).parent.glob("*_crossmodal.py"):
+                if not (Path(save_directory) / source.name).exists():
+                    shutil.copy(source, save_directory)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -647,163 +634,6 @@ def _full_mask(tokens, mask):
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
 
 
-class CrossModalClassifier(CrossModalPreTrainedModel):
-    """What the heads share that choose from, score, or measure on `config.id2label`: one MLP on the fused vector.
-
-    The loss follows `config.problem_type`: `"single_label_classification"` is cross entropy on one label per row,
-    `"multi_label_classification"` the summed binary cross entropy on scores (VQA v2), `"regression"` the mean squared error.
-    Left at None it is taken from the first labels seen: long (B,), or float (B,A); float (B,) is a regression.
-    """
-
-    custom_pipelines = None
-
-    def __init__(self, config, encoders=None):
-        super().__init__(config)
-        if self.custom_pipelines:
-            config.custom_pipelines = self.custom_pipelines
-        self.crossmodal = CrossModalModel(config, encoders)
-        self.main_input_name = self.crossmodal.main_input_name
-        self.classifier = ClassificationHead(config)
-        if config.auxiliary_loss_weight:
-            self.auxiliary = AuxiliaryHeads(config)
-        self.post_init()
-        self.crossmodal._apply_freezing()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values=None,
-        input_ids=None,
-        attention_mask=None,
-        labels=None,
-        modality_mask=None,
-        task_ids=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        **named_inputs,
-    ):
-        """The inputs of `CrossModalModel`, and labels.
-
-        Args:
-            labels: (B,) long ids (-100: a row that does not count), (B,A) scores in [0,1], or (B,) or (B,A) real numbers of a
-                regression.
-
-        Returns:
-            CrossModalClassifierOutput.
-        """
-        outputs = self.crossmodal(
-            pixel_values=pixel_values,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            modality_mask=modality_mask,
-            task_ids=task_ids,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            **{key: value for key, value in named_inputs.items() if key != "return_dict"},
-        )
-        logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else self._loss(logits, labels)
-        auxiliary_logits, auxiliary_losses = None, None
-        if self.config.auxiliary_loss_weight:
-            auxiliary_logits = self.auxiliary(outputs.unimodal_embeddings)
-            if labels is not None:
-                auxiliary_losses = unimodal_losses(
-                    auxiliary_logits,
-                    labels,
-                    outputs.presence,
-                    outputs.modality_log_variances,
-                    self.config.label_smoothing,
-                    self.config.problem_type == "regression",
-                )
-                if self.training:
-                    # Left out of what an evaluation reports, so that losses compare with those of other models.
-                    loss = loss + self.config.auxiliary_loss_weight * auxiliary_losses.mean()
-        return CrossModalClassifierOutput(
-            loss=loss,
-            logits=logits,
-            modality_weights=outputs.modality_weights,
-            pooler_output=None if outputs.modality_tokens is None else outputs.pooler_output,
-            modality_tokens=outputs.modality_tokens,
-            token_grids=outputs.token_grids,
-            cross_attentions=outputs.cross_attentions,
-            auxiliary_logits=auxiliary_logits,
-            auxiliary_losses=auxiliary_losses,
-        )
-
-    def _loss(self, logits, labels):
-        config, real = self.config, labels.is_floating_point()
-        if config.problem_type is None:
-            many = "regression" if labels.dim() == 1 else "multi_label_classification"
-            config.problem_type = many if real else "single_label_classification"
-        shapes = [logits.shape if real else logits.shape[:1]]
-        if config.problem_type == "regression" and logits.shape[1] == 1:
-            shapes.append(logits.shape[:1])
-        if real != (config.problem_type != "single_label_classification") or labels.shape not in shapes:
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit "
-                f"problem_type={config.problem_type!r}. Expected float scores {tuple(logits.shape)} for "
-                f"'multi_label_classification', label ids {tuple(logits.shape[:1])} for 'single_label_classification', or "
-                f"numbers {tuple(logits.shape)} for 'regression'."
-            )
-        # On a GPU the kernel itself stops at a wrong label; to look here would make every step wait for it.
-        if not real and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = labels[(labels != -100) & ((labels < 0) | (labels >= logits.shape[1]))]
-            if len(wrong):
-                raise ValueError(
-                    f"labels hold {wrong[0].item()}, which is no class of num_labels={logits.shape[1]}. Expected 0 to "
-                    f"{logits.shape[1] - 1}, or -100 for a row without a label."
-                )
-        if config.problem_type == "regression":
-            return nn.functional.mse_loss(logits, labels.view(logits.shape).to(logits.dtype))
-        if real:
-            return soft_target_loss(logits, labels)
-        return class_loss(logits, labels, config.label_smoothing)
-
-    def resize_answers(self, id2label, problem_type=None):
-        """Gives the model another answer vocabulary in place. Answers that it knew keep what was learnt of them.
-
-        problem_type: of the new vocabulary; None leaves it as it was.
-        """
-        self.config.problem_type = problem_type or self.config.problem_type
-        known = {label: index for index, label in self.config.id2label.items()}
-
-        def resized(old):
-            new = nn.Linear(old.in_features, len(id2label), device=old.weight.device, dtype=old.weight.dtype)
-            self._init_weights(new)
-            with torch.no_grad():
-                for index, label in id2label.items():
-                    if label in known:
-                        new.weight[index] = old.weight[known[label]]
-                        new.bias[index] = old.bias[known[label]]
-            return new
-
-        self.classifier.out_proj = resized(self.classifier.out_proj)
-        if self.config.auxiliary_loss_weight:
-            self.auxiliary.classifiers = nn.ModuleList(map(resized, self.auxiliary.classifiers))
-        self.config.id2label = dict(id2label)
-        self.config.label2id = {label: index for index, label in id2label.items()}
-
-
-class CrossModalForVQA(CrossModalClassifier):
-    """Answers questions about any modalities by choosing from the answers in `config.id2label`."""
-
-    # What `pipeline(model=folder)` runs. The processor carries the file.
-    custom_pipelines = {
-        "visual-question-answering": {
-            "impl": "pipeline_crossmodal.CrossModalVQAPipeline",
-            "pt": ["AutoModelForVisualQuestionAnswering"],
-            "type": "multimodal",
-        }
-    }
-
-
-class CrossModalForSequenceClassification(CrossModalClassifier):
-    """Classifies rows of any modalities: one label, several, or a real number (`config.problem_type`)."""
-
-
 CrossModalModel.register_for_auto_class("AutoModel")
-CrossModalForVQA.register_for_auto_class("AutoModelForVisualQuestionAnswering")
-CrossModalForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["CrossModalForSequenceClassification", "CrossModalForVQA", "CrossModalModel", "CrossModalPreTrainedModel"]
+__all__ = ["CrossModalModel", "CrossModalPreTrainedModel"]

@@ -127,6 +127,18 @@ def test_checkpoint_loads_in_a_clean_process_without_crossmodal_installed(tmp_pa
     assert answers[0]["score"] == pytest.approx(here[0]["score"], abs=1e-6)
 
 
+def test_a_saved_base_becomes_a_head_in_a_clean_process(tmp_path):
+    _, model = tiny_processor_and_model()
+    model.crossmodal.save_pretrained(tmp_path / "base")
+    script = """
+import sys
+from transformers import AutoModelForVisualQuestionAnswering
+head, info = AutoModelForVisualQuestionAnswering.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+print(type(head).__name__, {key.split(".")[0] for key in info["missing_keys"]})
+"""
+    assert run_as_stranger(script, tmp_path / "base", cwd=tmp_path).strip() == "CrossModalForVQA {'classifier'}"
+
+
 def test_auto_classes_find_the_family_once_the_package_is_imported(tmp_path):
     _, model = tiny_processor_and_model()
     model.save_pretrained(tmp_path)

@@ -2,8 +2,9 @@
 
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
 
+import crossmodal
+
 from ..configs import load_preset
-from ..modeling import modeling_crossmodal
 from ..modeling.configuration_crossmodal import _as_config
 from ..processing.processing_crossmodal import CrossModalProcessor
 
@@ -60,7 +61,7 @@ def build(recipe, task, datasets):
             if hasattr(made, "vocab_size") and tokenizer is not None:
                 made.vocab_size, made.pad_token_id = len(tokenizer), tokenizer.pad_token_id
             entry["model"] = made
-    model = getattr(modeling_crossmodal, task.model_class).from_encoders(
+    model = getattr(crossmodal, task.model_class).from_encoders(
         freeze=tuple(recipe.model.get("freeze") or ()), **encoders, **options
     )
     return model, _processor(recipe, model.config, sources, tokenizer)

@@ -184,7 +184,8 @@ def _load(source):
     """A head of the family and its processor, from a folder or the Hub."""
     from transformers import AutoConfig
 
-    from ..modeling import modeling_crossmodal
+    import crossmodal
+
     from ..processing.processing_crossmodal import CrossModalProcessor
 
     path = Path(source)
@@ -197,11 +198,11 @@ def _load(source):
             f"the model {source!r} is neither a folder here nor a repo that the Hub hands out. Correct the name."
         ) from error
     head = (getattr(config, "architectures", None) or ["?"])[0]
-    if config.model_type != "crossmodal" or not hasattr(modeling_crossmodal, head):
+    if config.model_type != "crossmodal" or head not in crossmodal.HEADS:
         raise ValueError(
             f"{source!r} holds a {head} of type {config.model_type!r}. Expected a head of the CrossModal family."
         )
-    model = getattr(modeling_crossmodal, head).from_pretrained(source)
+    model = getattr(crossmodal, head).from_pretrained(source)
     return model, CrossModalProcessor.from_pretrained(source)
 
 
