@@ -135,6 +135,25 @@ def _normalise_level(name, level, count):
     return index
 
 
+def _validate_kernel(config):
+    """Fields of `attention_kernel`, which both configs have."""
+    from .kernels_crossmodal import KERNELS
+
+    kernel = config.attention_kernel
+    if kernel not in KERNELS:
+        raise ValueError(f"attention_kernel={kernel!r} is unknown. Expected one of {nearest_first(kernel, KERNELS)}.")
+    least = {"attention_window": 0, "attention_global_tokens": 0, "num_random_features": 1, "num_latents": 1}
+    for key, value in least.items():
+        given = getattr(config, key)
+        if given is not None and given < value:
+            raise ValueError(f"{key}={given}. Expected at least {value}.")
+    if kernel == "linear" and config.attention_dropout:
+        raise ValueError(
+            f"attention_kernel='linear' forms no attention weights, so attention_dropout={config.attention_dropout} cannot "
+            "act. Set attention_dropout=0.0 (hidden_dropout works), or choose another kernel."
+        )
+
+
 @strict
 class FeatureSequenceConfig(PreTrainedConfig):
     """Encoder of a sequence of feature vectors: a transformer over `x_values (B, T, ...)`.
@@ -144,6 +163,8 @@ class FeatureSequenceConfig(PreTrainedConfig):
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: the transformer.
             `num_hidden_layers=0` gives projected features alone.
         use_positions: adds sine positions; off for a set without order.
+        attention_kernel, attention_window, attention_global_tokens, num_random_features, num_latents: as in
+            `CrossModalConfig`, for the attention within this encoder.
     """
 
     model_type = "crossmodal_features"
@@ -159,6 +180,19 @@ class FeatureSequenceConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     use_positions: bool = True
+    attention_kernel: str = "exact"
+    attention_window: int = 64
+    attention_global_tokens: int = 0
+    num_random_features: int | None = None
+    num_latents: int = 16
+
+    def validate_architecture(self):
+        _validate_kernel(self)
+        if self.attention_kernel == "window" and not self.use_positions:
+            raise ValueError(
+                "attention_kernel='window' needs steps in order, and use_positions=False says that they have none. Choose "
+                "'exact', 'linear' or 'latents'."
+            )
 
 
 class _SubConfigs:
@@ -199,6 +233,10 @@ class CrossModalConfig(PreTrainedConfig):
             or a dict by name.
         missing_tokens: a learned token stands in for a modality that a row lacks, for the others to look at.
         auxiliary_loss_weight: of the losses of one classifier per modality, each on what it knows alone.
+        attention_kernel: what computes attention in the fusion (KERNELS of kernels_crossmodal.py): `"exact"`; for long inputs
+            `"window"` (each token sees those near its place along a common axis, `attention_window` on each side, and the
+            first `attention_global_tokens`), `"linear"` (`num_random_features` positive random features, None: d ln d for
+            heads of width d) or `"latents"` (`num_latents` learned ones per head).
         gate: what adapts cross attention: `"content"` (bilinear in the stream and what it saw), `"static"` (tanh of a
             learned number per stream, 0 at the start), `"none"`, or `"closed"` (no cross attention at all, for ablations).
         pooling: tokens of one modality to one vector: `"attention"`, `"mean"` or `"first"`.
@@ -251,6 +289,10 @@ class CrossModalConfig(PreTrainedConfig):
     modality_dropout: float | int | dict[str, float] = 0.0
     missing_tokens: bool = False
     auxiliary_loss_weight: float | int = 0.0
+    attention_kernel: str = "exact"
+    attention_window: int = 64
+    attention_global_tokens: int = 0
+    num_random_features: int | None = None
     gate: str = "content"
     pooling: str = "attention"
     frozen_modalities: list[str] = field(default_factory=list)
@@ -436,7 +478,9 @@ class CrossModalConfig(PreTrainedConfig):
                 raise ValueError(f"{key}={value!r} is unknown. Expected one of {nearest_first(value, allowed)}.")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"problem_type={self.problem_type!r} is unknown. Expected one of {PROBLEM_TYPES}.")
-        for key in ("hidden_size", "num_attention_heads", "num_fusion_layers", "intermediate_size", "num_latents"):
+        _validate_kernel(self)
+        self._validate_axes()
+        for key in ("hidden_size", "num_attention_heads", "num_fusion_layers", "intermediate_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}. Expected at least 1.")
         if self.hidden_size % self.num_attention_heads:
@@ -496,6 +540,30 @@ class CrossModalConfig(PreTrainedConfig):
         if self.fusion_queries == []:
             raise ValueError("fusion_queries=[] leaves nothing to fuse. Name at least one modality, or give None.")
 
+    def _validate_axes(self):
+        """Whether the kernel fits the operator, and the axes of the modalities."""
+        kernel, operator = self.attention_kernel, self.fusion_type
+        if operator == "mutual" and kernel != "exact":
+            raise ValueError(
+                f"fusion_type='mutual' is exact attention without parameters, and attention_kernel={kernel!r}. Choose "
+                "'exact', or another operator."
+            )
+        if kernel != "window":
+            return
+        if operator in ("joint", "bottleneck"):
+            raise ValueError(
+                f"attention_kernel='window' needs one axis that queries and keys share, and fusion_type={operator!r} puts "
+                "tokens of several modalities, or latents, in one sequence. Choose 'cross' or 'interlaced', or the kernel "
+                "'linear'."
+            )
+        for name in self.modality_names:
+            kind = self.modality_settings[name]["type"]
+            if kind == "vision" or not getattr(getattr(self, f"{name}_config"), "use_positions", True):
+                raise ValueError(
+                    f"attention_kernel='window' needs tokens in order along an axis that all modalities share, and modality "
+                    f"{name!r} (type {kind!r}) has none. Choose 'exact', 'linear' or 'latents'."
+                )
+
     def get_text_config(self, decoder=None, encoder=None):
         # Generation asks for the decoder's: a text encoder's must not pass for it.
         texts = [name for name in self.modality_names if self.modality_settings[name]["type"] == "text"]
@@ -508,6 +576,6 @@ def _validate(config):
         validator(config)
 
 
-CrossModalConfig.validate = _validate
+CrossModalConfig.validate = FeatureSequenceConfig.validate = _validate
 FeatureSequenceConfig.register_for_auto_class()
 CrossModalConfig.register_for_auto_class()

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, 
 
 from .attention_crossmodal import FeedForwardBlock, SelfAttentionBlock
 from .configuration_crossmodal import FeatureSequenceConfig
+from .kernels_crossmodal import initialise_kernel
 
 
 @dataclass
@@ -130,6 +131,11 @@ class FeatureSequenceEncoder(PreTrainedModel):
         self.layers = nn.ModuleList([FeatureSequenceLayer(config) for _ in range(config.num_hidden_layers)])
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        initialise_kernel(module)
 
     def forward(self, values, mask=None):
         """values (B,T,...) with `feature_size` numbers a step, mask (B,T) bool or None."""

@@ -130,7 +130,7 @@ class CrossFusionLayer(GradientCheckpointingLayer):
                     if other == name or name not in self.gate:
                         continue
                     seen, attentions[f"{name}<-{other}"] = self.cross_attn[name](
-                        normed[name], key_value, masks[other], output_attentions
+                        normed[name], key_value, masks[other], output_attentions, masks[name]
                     )
                     gated = self.gate[name](normed[name], seen)
                     if masks[other] is not None:

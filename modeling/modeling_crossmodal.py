@@ -34,6 +34,7 @@ from .encoders_crossmodal import (
     unpack_tokens,
 )
 from .fusion_crossmodal import FUSIONS, StaticGate
+from .kernels_crossmodal import initialise_kernel
 from .pooling_crossmodal import ModalityWeighting, TokenPooling, masked_mean
 
 
@@ -138,6 +139,7 @@ class CrossModalPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, StaticGate):
             init.zeros_(module.weight)
+        initialise_kernel(module)
         for name, value in getattr(module, "initial_values", {}).items():
             init.constant_(getattr(module, name), value)
 
