@@ -10,7 +10,7 @@ from PIL import Image
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Fewer pixels: the layout is in inches."""
-    monkeypatch.setattr(pictures, "_DPI", 80)
+    monkeypatch.setattr(pictures, "DPI", 80)
 
 
 def record(**changes):
@@ -44,25 +44,25 @@ def test_grid_grows_with_its_records(tmp_path, number):
 def test_right_answers_are_green_and_wrong_ones_red(tmp_path):
     right = answer_grid([record(modality_weights=None)], tmp_path / "right.png")
     wrong = answer_grid([record(truth="yellow", modality_weights=None)], tmp_path / "wrong.png")
-    assert count_pixels(right, pictures._RIGHT) > 300
-    assert count_pixels(right, pictures._WRONG) == 0
-    assert count_pixels(wrong, pictures._WRONG) > 300
-    assert 0 < count_pixels(wrong, pictures._RIGHT) < 300  # the truth, named
+    assert count_pixels(right, pictures.RIGHT) > 300
+    assert count_pixels(right, pictures.WRONG) == 0
+    assert count_pixels(wrong, pictures.WRONG) > 300
+    assert 0 < count_pixels(wrong, pictures.RIGHT) < 300  # the truth, named
 
 
 def test_case_and_spaces_do_not_make_an_answer_wrong(tmp_path):
-    assert count_pixels(answer_grid([record(truth=" Red")], tmp_path / "grid.png"), pictures._WRONG) == 0
+    assert count_pixels(answer_grid([record(truth=" Red")], tmp_path / "grid.png"), pictures.WRONG) == 0
 
 
 def test_answers_without_a_truth_are_neither_right_nor_wrong(tmp_path):
     path = answer_grid([record(truth=None)], tmp_path / "grid.png")
-    assert count_pixels(path, pictures._UNJUDGED) > 300
-    assert count_pixels(path, pictures._RIGHT) == count_pixels(path, pictures._WRONG) == 0
+    assert count_pixels(path, pictures.UNJUDGED) > 300
+    assert count_pixels(path, pictures.RIGHT) == count_pixels(path, pictures.WRONG) == 0
 
 
 def test_modality_bar_is_divided_by_the_weights(tmp_path):
     path = answer_grid([record(modality_weights={"vision": 3.0, "text": 1.0})], tmp_path / "grid.png")
-    vision, text = (count_pixels(path, color) for color in pictures._MODALITY_COLORS[:2])
+    vision, text = (count_pixels(path, color) for color in pictures.MODALITY_COLORS[:2])
     assert 2 < vision / text < 3.5, (vision, text)  # the key to the colors and the labels take some
 
 

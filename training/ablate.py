@@ -195,7 +195,7 @@ def as_markdown(table, metric):
 
 def _write_reports(folder, recipe, results, table, metric):
     """`ablation.md`, `ablation.csv` (every run) and `ablation.png`."""
-    from .pictures import ablation_plot
+    from .plots import ablation_plot
 
     first = next(iter(results.values()))
     (folder / "ablation.md").write_text(

@@ -96,6 +96,76 @@ def predict(
 
 
 @app.command()
+def explain(
+    model: _MODEL,
+    image: Annotated[str | None, typer.Option(help="Path of an image.")] = None,
+    text: Annotated[str | None, typer.Option(help="The question.")] = None,
+    array: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE.npy for sound (`audio`) or a modality of features.")
+    ] = None,
+    word: Annotated[list[str] | None, typer.Option(help="Word with a panel of its own; may be given again.")] = None,
+    output: Annotated[str, typer.Option(help="Picture to write.")] = "explanation.png",
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Instead of one input: rows for a deletion test (Hub id, folder, file, drawn:...)."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Name of the split.")] = "validation",
+    limit: Annotated[int, typer.Option(min=1, help="Rows of the deletion test.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the rows, and of what is removed at random.")] = 0,
+    as_json: _JSON = False,
+):
+    """Draw where an answer came from; or, with --dataset, test whether what was attended to mattered."""
+    inputs = {"images": image, "text": text, **_arrays(array)}
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    if (dataset is None) == (not inputs):
+        raise ValueError(
+            "nothing to explain. Pass --image FILE, --text '...', --array NAME=FILE.npy, or else --dataset."
+        )
+    _quiet()
+    loaded, processor = _load(model)
+    if dataset is None:
+        from .explain import explain as run
+        from .pictures import explanation_picture
+
+        record = run(loaded, processor, **inputs)
+        explanation_picture(record, output, word)
+        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in record["modality_weights"].items())
+        _note(f"{record['answers'][0][0]} ({record['answers'][0][1]:.2f}); weights: {weights}; picture: {output}")
+        if as_json:
+            _print_json({key: record[key] for key in ("answers", "modality_weights", "gates")})
+        return
+    from .datasets import RowDataset, load_rows, some_of
+    from .evaluate import task_of
+    from .explain import deletion_test
+    from .tasks import name_of
+
+    samples = RowDataset(some_of(load_rows(dataset, split, limit), limit, seed), name_of(task_of(loaded)))
+    names = loaded.config.modality_names
+    tables = {name: deletion_test(loaded, processor, samples, name, seed=seed) for name in names}
+    rows = {
+        f"{name}, {row['fraction']:.0%} removed": {key: row[key] for key in row if key != "fraction"}
+        for name, table in tables.items()
+        for row in table
+    }
+    _print_table("Drop of the answer's probability: most attended first, and at random", rows)
+    if as_json:
+        _print_json(tables)
+
+
+def _arrays(given):
+    """`NAME=FILE.npy` options to {name: array}."""
+    import numpy as np
+
+    found = {}
+    for item in given or ():
+        name, separator, file = item.partition("=")
+        if not separator or not Path(file).is_file():
+            raise ValueError(f"--array {item}: expected NAME=FILE.npy, with a file that exists.")
+        found[name] = np.load(file, allow_pickle=False)
+    return found
+
+
+@app.command()
 def ablate(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe or path of a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the recipe")] = None,

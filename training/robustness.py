@@ -180,7 +180,7 @@ def add_to_folder(folder, table, metric, where):
 
     where: words for the data, such as "`mvsa_single`, validation, 451 rows".
     """
-    from .pictures import robustness_plot
+    from .plots import robustness_plot
 
     folder = Path(folder)
     (folder / "robustness.json").write_text(json.dumps(table, indent=1) + "\n")

@@ -1,0 +1,179 @@
+"""Explanations: maps between modalities under every operator, a deletion test that attention passes, pictures."""
+
+import numpy as np
+import pytest
+import torch
+from crossmodal.modeling.fusion_crossmodal import FUSIONS
+from crossmodal.training.explain import attention_across, deletion_test, explain, removable, without
+from crossmodal.training.pictures import explanation_picture
+from PIL import Image
+from test_pipeline import picture, tiny_processor_and_model
+
+from crossmodal import (
+    CrossModalConfig,
+    CrossModalForSequenceClassification,
+    CrossModalProcessor,
+    FeatureSequenceConfig,
+)
+
+
+STEPS, CLASSES = 12, 3
+
+
+def haystack(count, seed):
+    """Sequences of noise with one marked step, whose other numbers tell the class; and a sequence that asks."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(count, STEPS, 8)).astype(np.float32)
+    values[..., 0] = 0
+    labels, places = rng.integers(CLASSES, size=count), rng.integers(STEPS, size=count)
+    values[np.arange(count), places, 0] = 3
+    values[np.arange(count), places, 1:] = 2 * np.eye(7)[labels]
+    return values, labels, places
+
+
+@pytest.fixture(scope="module")
+def finder():
+    """A model that has learnt to find the marked step."""
+    torch.manual_seed(0)
+    encoder = {"feature_size": 8, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 0}
+    config = CrossModalConfig(
+        modalities={"signal": FeatureSequenceConfig(**encoder), "question": FeatureSequenceConfig(**encoder)},
+        fusion_queries=["question"],
+        hidden_size=32,
+        num_attention_heads=2,
+        num_fusion_layers=1,
+        intermediate_size=64,
+        hidden_dropout=0.0,
+        pooling="first",
+        num_labels=CLASSES,
+    )
+    model = CrossModalForSequenceClassification(config)
+    values, labels, _ = haystack(2048, seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(160):
+        rows = slice(step * 64 % 2048, step * 64 % 2048 + 64)
+        batch = {"signal_values": torch.tensor(values[rows]), "question_values": torch.ones(64, 1, 8)}
+        loss = model(**batch, labels=torch.tensor(labels[rows])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), CrossModalProcessor.from_config(config)
+
+
+def test_removing_what_was_attended_to_hurts_more_than_chance(finder):
+    model, processor = finder
+    values, labels, places = haystack(200, seed=1)
+    samples = [{"signal": value, "question": np.ones((1, 8), np.float32)} for value in values]
+    with torch.no_grad():
+        output = model(**processor(**samples[0]), output_attentions=True)
+    assert attention_across(model, output)["question<-signal"][0].mean(dim=0).argmax() == places[0]
+    table = deletion_test(model, processor, samples, "signal", fractions=(1 / STEPS, 0.25), progress=False)
+    for row in table:
+        assert row["drop"] > row["drop_random"] + 5 * row["error"] + 0.1, row
+        assert row["changed"] > 2 * row["changed_random"] > 0, row
+    # One step of twelve: at random the marked one is hit in a twelfth of the rows.
+    assert table[0]["drop"] > 0.4 and table[0]["drop_random"] < 0.12
+
+
+def test_the_same_seed_gives_the_same_table_and_batches_do_not_matter(finder):
+    model, processor = finder
+    values, _, _ = haystack(20, seed=2)
+    samples = [{"signal": value, "question": np.ones((1, 8), np.float32)} for value in values]
+    tables = [
+        deletion_test(model, processor, samples, "signal", (0.25,), batch_size=size, progress=False)[0]
+        for size in (20, 20, 7)
+    ]
+    assert tables[0] == tables[1]
+    assert tables[0]["drop"] == pytest.approx(tables[2]["drop"], abs=1e-5)
+
+
+@pytest.mark.parametrize("fusion_type", FUSIONS)
+def test_maps_between_modalities_under_every_operator(fusion_type):
+    processor, model = tiny_processor_and_model(fusion_type=fusion_type)
+    batch = processor(images=[picture(), picture()], text=["what color is this?", "which?"])
+    with torch.no_grad():
+        output = model(**batch, output_attentions=True)
+    if fusion_type == "concat":
+        with pytest.raises(ValueError, match="fusion_type='concat' attends to nothing"):
+            attention_across(model, output)
+        return
+    maps = attention_across(model, output)
+    words, patches = batch["input_ids"].shape[1], np.prod(output.token_grids["vision"])
+    assert maps["text<-vision"].shape[:2] == (2, words) and maps["text<-vision"].shape[2] >= patches
+    for pair, weights in maps.items():
+        assert (weights >= 0).all() and (weights.sum(dim=-1) <= 1 + 1e-5).all(), pair
+        if pair.endswith("<-text"):
+            assert (weights[..., ~batch["attention_mask"][1].bool()][1] == 0).all(), pair
+
+
+@pytest.mark.parametrize("bottleneck", ["exchange", "resample"])
+def test_maps_through_latents_say_what_a_change_of_the_other_modality_does(bottleneck):
+    """Where the composed map is zero, nothing flows: patches of a masked image move no word."""
+    processor, model = tiny_processor_and_model(fusion_type="bottleneck", bottleneck=bottleneck, num_fusion_layers=2)
+    batch = processor(images=[picture()], text=["what color is this?"])
+    with torch.no_grad():
+        output = model(**batch, output_attentions=True)
+    layers = output.cross_attentions
+    maps = attention_across(model, output)
+    if bottleneck == "exchange":
+        expected = layers[1]["text<-latents"] @ layers[0]["latents<-vision"]
+    else:
+        expected = sum(layer["text<-latents"] @ layer["latents<-vision"] for layer in layers) / 2
+    torch.testing.assert_close(maps["text<-vision"], expected.mean(dim=1))
+
+
+def test_parts_of_an_input_are_taken_away():
+    processor, model = tiny_processor_and_model()
+    batch = processor(images=[picture()], text=["what color is this?"])
+    with torch.no_grad():
+        output = model(**batch, output_attentions=True, output_hidden_states=True)
+    length, grid = output.modality_tokens["vision"].shape[1], output.token_grids["vision"]
+    free = removable(model, processor, batch, "vision", length, grid, "cpu")
+    assert free.sum() == np.prod(grid) and free[:, -np.prod(grid) :].all()
+    chosen = torch.zeros_like(free)
+    chosen[0, -1] = True
+    changed = without(model, batch, "vision", chosen, grid)["pixel_values"]
+    height, width = (size // side for size, side in zip(changed.shape[-2:], grid, strict=True))
+    whole = batch["pixel_values"]
+    assert torch.equal(changed[..., :-height, :], whole[..., :-height, :])
+    mean = whole.mean(dim=(2, 3))[..., None, None].expand(1, 3, height, width)
+    torch.testing.assert_close(changed[..., -height:, -width:], mean)
+    free = removable(model, processor, batch, "text", batch["input_ids"].shape[1], None, "cpu")
+    assert not free[0, 0] and not free[0, -1] and free[0, 1:-1].all()
+    assert without(model, batch, "text", free, None)["attention_mask"].sum() == 2
+
+
+def test_record_and_picture_of_an_answer(tmp_path):
+    processor, model = tiny_processor_and_model(num_fusion_layers=2)
+    record = explain(model, processor, images=picture(), text="what color is this?")
+    assert len(record["gates"]) == 2 and record["gates"][0].keys() == {"text<-vision", "vision<-text"}
+    assert all(size > 0 for layer in record["gates"] for size in layer.values())
+    assert sum(record["modality_weights"].values()) == pytest.approx(1)
+    assert record["words"]["text"][:2] == [("what", [1]), ("color", [2])] and record["words"]["vision"] is None
+    explanation_picture(record, tmp_path / "out.png", ["color"])
+    assert min(Image.open(tmp_path / "out.png").size) > 400
+    with pytest.raises(ValueError, match="the text has no word 'horse'. Expected any of ..what'"):
+        explanation_picture(record, tmp_path / "none.png", ["horse"])
+    assert not (tmp_path / "none.png").exists()
+    alone = explain(model, processor, text="what color is this?")
+    explanation_picture(alone, tmp_path / "alone.png")
+    assert alone["modality_weights"]["vision"] == 0
+
+
+def test_sequences_are_drawn_over_time(finder, tmp_path):
+    model, processor = finder
+    values, _, places = haystack(1, seed=3)
+    record = explain(model, processor, signal=values[0], question=np.ones((1, 8), np.float32))
+    assert record["token_weights"]["signal"].argmax() == places[0]
+    explanation_picture(record, tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").size[0] > 400
+
+
+def test_rows_without_a_modality_and_spectrograms_are_refused():
+    processor, model = tiny_processor_and_model()
+    samples = [{"images": picture(), "text": "what?"}, {"images": None, "text": "what?"}]
+    with pytest.raises(ValueError, match="some rows lack a modality"):
+        deletion_test(model, processor, samples, "vision", progress=False)
+    with pytest.raises(ValueError, match="problem_type='regression' has no probability"):
+        model.config.problem_type = "regression"
+        explain(model, processor, text="what?")

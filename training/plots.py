@@ -1,0 +1,82 @@
+"""Plots of tables: scores over levels of noise, over variants of a model, cost over lengths."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .pictures import CARD, EDGE, FONT, INK, MODALITY_COLORS, MUTED, RIGHT, UNJUDGED, Record, save
+
+
+def robustness_plot(table: Sequence[Record], metric: str, path: str | os.PathLike) -> Path:
+    """Draw `robustness.robustness`'s table: a panel per modality and kind, the clean score as a dashed line.
+
+    Args:
+        table: rows with `modality`, `kind`, `level`, `unit` and the metric; the first one of clean rows.
+        metric: the score to draw, in [0, 1]. path: the file to write.
+
+    Returns:
+        The path written.
+    """
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple, list[Record]] = {}
+    for row in table[1:]:
+        panels.setdefault((row["modality"], row["kind"], row["unit"]), []).append(row)
+    modalities = list(dict.fromkeys(modality for modality, _, _ in panels))
+    columns = max(sum(key[0] == modality for key in panels) for modality in modalities)
+    figure = Figure(figsize=(2.9 * columns + 0.6, 2.3 * len(modalities) + 0.3), facecolor=CARD, layout="constrained")
+    grid = figure.subplots(len(modalities), columns, squeeze=False, sharey=True)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for index, modality in enumerate(modalities):
+        color = MODALITY_COLORS[index % len(MODALITY_COLORS)]
+        for axes, key in zip(grid[index], [key for key in panels if key[0] == modality], strict=False):
+            rows = panels[key]
+            axes.set_visible(True)
+            axes.axhline(table[0][metric], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            levels, scores = [0.0, *(row["level"] for row in rows)], [table[0][metric], *(row[metric] for row in rows)]
+            axes.plot(levels, scores, color=color, marker="o", markersize=4, linewidth=1.8)
+            axes.set_title(f"{modality}: {key[1]}", fontsize=9, color=INK, loc="left", family=FONT)
+            axes.set_xlabel(key[2], fontsize=8, color=MUTED, family=FONT)
+            axes.tick_params(labelsize=7, colors=MUTED)
+            axes.set_ylim(0, 1)
+            axes.grid(axis="y", color=EDGE, linewidth=0.6)
+            axes.set_axisbelow(True)
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        grid[index][0].set_ylabel(metric, fontsize=8, color=MUTED, family=FONT)
+    return save(figure, Path(path))
+
+
+def ablation_plot(
+    table: Sequence[Record], results: Mapping[tuple, Record], metric: str, majority: float, path: str | os.PathLike
+) -> Path:
+    """Draw `ablate.ablate`'s table: a line per variant with its mean, and a dot per run.
+
+    Args:
+        table: rows with `variant` and `mean`. results: by (variant, seed), with `metrics`. metric: the score.
+        majority: score of the most common answer, a dashed line. path: the file to write.
+
+    Returns:
+        The path written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 0.42 * len(table) + 1.1), facecolor=CARD, layout="constrained")
+    axes = figure.subplots()
+    for line, row in enumerate(table):
+        scores = [100 * result["metrics"][metric] for (name, _), result in results.items() if name == row["variant"]]
+        color = RIGHT if row["variant"] == "full" else UNJUDGED
+        axes.plot(scores, [line] * len(scores), "o", color=color, alpha=0.45, markersize=5, markeredgewidth=0)
+        axes.plot([100 * row["mean"]] * 2, [line - 0.3, line + 0.3], color=color, linewidth=2.2)
+    axes.axvline(100 * table[0]["mean"], color=RIGHT, linewidth=0.8, alpha=0.5)
+    axes.axvline(100 * majority, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_yticks(range(len(table)), [row["variant"] for row in table], family=FONT, fontsize=9, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{metric} (%); dots: runs, bars: means, dashed: most common answer", fontsize=8, color=MUTED)
+    axes.tick_params(axis="x", labelsize=8, colors=MUTED)
+    axes.grid(axis="x", color=EDGE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    return save(figure, Path(path))
