@@ -76,6 +76,13 @@ def test_a_finished_run_is_not_trained_again(model, world, capsys):
         (["train", "vqa_easy", "dataset={w}/nowhere.parquet", "output_dir={w}/o1"], "does not exist"),
         (["train", "vqa_easy", "dataset={w}/empty", "output_dir={w}/o2"], "is empty"),
         (["train", "nowhere.yaml"], "does not exist"),
+        (["explain", "{m}"], "nothing to explain"),
+        (["explain", "{m}", "--text", "what?", "--dataset", "{w}/data"], "or else --dataset"),
+        (
+            ["explain", "{m}", "--text", "what?", "--word", "horse", "--output", "{w}/no.png"],
+            "the text has no word 'horse'",
+        ),
+        (["explain", "{m}", "--array", "x=nowhere.npy"], "expected NAME=FILE.npy"),
         (["evaluate", "{w}/empty", "--dataset", "{w}/data"], "no config.json"),
         (["evaluate", "{w}/nowhere", "--dataset", "{w}/data"], "neither a folder here nor a repo"),
         (["evaluate", "{m}", "--dataset", "{w}/data", "--split", "test"], "no split 'test'"),
@@ -111,3 +118,19 @@ def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["crossmodal", "predict", "x", "--text", "y"])
     with pytest.raises(KeyError):
         cli.main()
+
+
+def test_explain_draws_one_answer_or_tests_by_deletion(model, world, capsys):
+    out = world / "why.png"
+    asked = ["--image", world / "red.png", "--text", "what color is this?", "--word", "color", "--output", out]
+    assert run("explain", model, *asked, "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["answers"][0][0] == "red" and out.is_file()
+    assert run("explain", model, "--dataset", world / "data", "--json") == 0
+    tables = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert tables.keys() == {"vision", "text"} and [row["fraction"] for row in tables["text"]] == [0.1, 0.2, 0.3, 0.5]
+
+
+def test_benchmark_of_an_unknown_size_is_refused(capsys):
+    assert run("benchmark", "--size", "huge") == 2
+    assert "Expected one of ['base', 'tiny']" in capsys.readouterr().err

@@ -193,6 +193,63 @@ def ablate(
 
 
 @app.command()
+def benchmark(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Attention kernels over 1k to 64k tokens instead of whole models.")
+    ] = False,
+    size: Annotated[str, typer.Option(help="Of the models: tiny or base.")] = "tiny",
+    rounds: Annotated[int, typer.Option(min=1, help="Of measuring everything in turn.")] = 7,
+    as_json: _JSON = False,
+):
+    """Measure speed: beside transformers' LXMERT, ViLT and BridgeTower of the same size, or the attention kernels."""
+    from . import benchmark as bench
+
+    if size not in bench.SIZES:
+        raise ValueError(f"--size {size} is unknown. Expected one of {sorted(bench.SIZES)}.")
+    _quiet()
+    if kernels:
+        table, errors = bench.kernels(write=_note), bench.feature_errors()
+        found = bench.growth_and_crossover(table)
+        rows = {}
+        for row in table:
+            cells = rows.setdefault(f"{row['tokens']:,} tokens", {})
+            cells[f"{row['kernel']} s"] = row["seconds"]
+            cells[f"{row['kernel']} MiB"] = "" if row["mib"] is None else f"{row['mib']:.0f}"
+        _print_table("One forward, one head of width 64", rows)
+        for name, values in found.items():
+            crossover = values["crossover"]
+            where = (
+                ""
+                if name == "exact"
+                else f"; faster than exact from {crossover:,} tokens"
+                if crossover
+                else "; never faster"
+            )
+            _note(f"{name}: time grows with the power {values['exponent']:.2f} of the length{where}")
+        whole = errors.pop("exact output")
+        parts = ", ".join(f"{error:.4f} with {count}" for count, error in errors.items())
+        _note(f"linear, error against the softmax it approximates (of size {whole:.3f}), by random features: {parts}")
+        if as_json:
+            _print_json({"kernels": table, "growth": found, "errors": errors})
+        return
+    table = bench.compare(size, rounds, write=_note)
+    for mode, scenario in dict.fromkeys((row["mode"], row["scenario"]) for row in table):
+        chosen = [row for row in table if (row["mode"], row["scenario"]) == (mode, scenario)]
+        columns = ("samples_per_second", "ours_over_this", "gflop_per_sample", "part_of_peak", "parameters")
+        _print_table(f"{mode}, {scenario}", {row["model"]: {key: row[key] for key in columns} for row in chosen})
+    logits, gradients = bench.grouping_is_exact(size)
+    _note(
+        f"32 questions that share 8 images, against an image each: logits differ by {logits:.1e}, gradients by {gradients:.1e}"
+    )
+    shares = {}
+    for title, images, words in (("batch 32", 32, 32), ("32 questions, 8 images", 8, 12)):
+        shares[title] = bench.where_time_goes(size, images=images, words=words)
+        _note(f"{title}: " + ", ".join(f"{name} {part:.0%}" for name, part in shares[title].items()))
+    if as_json:
+        _print_json({"models": table, "grouping": [logits, gradients], "time": shares})
+
+
+@app.command()
 def robustness(
     model: _MODEL,
     dataset: Annotated[str, typer.Option(help="Hub id, folder or file.")],

@@ -1,0 +1,77 @@
+"""The benchmark: that it measures what it says, on models small enough for a test."""
+
+import statistics
+import time
+
+import pytest
+import torch
+from crossmodal.training import benchmark
+
+
+SMALL = {"width": 64, "heads": 2, "depth": 1, "fusion": 1, "image": 32, "patch": 8}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(benchmark.SIZES, "tiny", SMALL)
+
+
+def test_every_contender_is_measured_in_every_scenario():
+    table = benchmark.compare(rounds=1, device="cpu", write=lambda line: None)
+    names = set(benchmark.contenders("tiny"))
+    assert len(table) == 2 * len(benchmark.SCENARIOS) * len(names)
+    for row in table:
+        assert row["model"] in names and row["samples_per_second"] > 0 and 0 < row["part_of_peak"] < 1.5
+        assert row["ours_over_this"] == 1 or row["model"] != "CrossModalForVQA"
+    work = {(row["mode"], row["scenario"], row["model"]): row["gflop_per_sample"] for row in table}
+    ours = work["forward", "batch 8", "CrossModalForVQA"]
+    assert ours == pytest.approx(work["forward", "batch 32", "CrossModalForVQA"])
+    # A quarter of the images, and fewer words.
+    assert work["forward", "32 questions, 8 images", "CrossModalForVQA"] < 0.5 * ours
+    assert work["training", "batch 8", "CrossModalForVQA"] == pytest.approx(3 * ours)
+
+
+def test_flops_are_those_of_a_linear_layer():
+    class Model(torch.nn.Linear):
+        config = None
+
+        def forward(self, x):
+            return super().forward(x)
+
+    model = Model(10, 20)
+    model.config = type("Config", (), {"_attn_implementation": None})()
+    assert benchmark.flops_of(model, {"x": torch.randn(3, 10)}) == 2 * 3 * 10 * 20
+
+
+def test_what_runs_in_turn_is_timed_alone():
+    times = benchmark.in_turn(
+        {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.01)}, torch.device("cpu"), 3, seconds=0.03
+    )
+    assert statistics.median(times["long"]) / statistics.median(times["short"]) == pytest.approx(5, rel=0.4)
+
+
+def test_questions_that_share_an_image_give_the_same_logits_and_gradients():
+    logits, gradients = benchmark.grouping_is_exact()
+    assert logits < 1e-5 and gradients < 1e-5
+
+
+def test_parts_of_the_time_sum_to_one():
+    parts = benchmark.where_time_goes(questions=4, images=2, words=5)
+    assert sum(parts.values()) == pytest.approx(1) and min(parts.values()) > 0
+    assert {"encoder: vision", "encoder: text", "fusion", "head"} < parts.keys()
+
+
+def test_kernels_are_measured_over_lengths_and_their_growth_is_read_off():
+    table = benchmark.kernels(lengths=(64, 128), device="cpu", longest_exact=64, write=lambda line: None)
+    assert [(row["kernel"], row["tokens"]) for row in table].count(("exact", 64)) == 1
+    assert ("exact", 128) not in [(row["kernel"], row["tokens"]) for row in table]
+    made = [{"kernel": "exact", "tokens": n, "seconds": 1e-9 * n**2, "mib": 1} for n in (256, 512, 1024, 2048)]
+    made += [{"kernel": "linear", "tokens": n, "seconds": 6e-7 * n, "mib": 1} for n in (256, 512, 1024, 2048)]
+    found = benchmark.growth_and_crossover(made)
+    assert found["exact"]["exponent"] == pytest.approx(2) and found["exact"]["crossover"] is None
+    assert found["linear"] == {"exponent": pytest.approx(1), "crossover": 1024}
+
+
+def test_linear_error_falls_with_features():
+    errors = benchmark.feature_errors(counts=(32, 512), keys=128, width=16, draws=3)
+    assert errors[512] < 0.5 * errors[32] < errors["exact output"]
