@@ -121,3 +121,19 @@ def test_the_first_stage_is_shared_by_runs_whose_stage_is_the_same(tmp_path, mon
     ablate(run, ["uniform weights", "vision alone"], 2, color_rows(24), color_rows(12))
     # One per seed, whatever the variant changes afterwards.
     assert len(list((tmp_path / "sweep" / "warm_up").iterdir())) == 2
+
+
+def test_a_sweep_may_also_score_rows_that_lack_a_modality(tmp_path):
+    run = recipe(tmp_path / "sweep")
+    chosen = ["modality_dropout=0.4 missing_tokens=true", "text alone"]
+    assert variants_of(run, chosen)[chosen[0]].model["config"]["missing_tokens"] is True
+    full, dropped, alone = ablate(run, chosen, 1, color_rows(24), color_rows(12), missing_rate=1.0)
+    assert full["missing"].keys() == dropped["missing"].keys() == {"vision", "text"} and "missing" not in alone
+    assert full["missing"]["vision"]["loss"] == pytest.approx(full["mean"] - full["missing"]["vision"]["mean"])
+    text = (tmp_path / "sweep" / "ablation.md").read_text()
+    assert "| modality_dropout=0.4 missing_tokens=true | vision |" in text
+    # From cached tokens, the same rows lose the same.
+    cached = recipe(tmp_path / "cached", token_cache=True, model=run.model | {"freeze": ["vision", "text"]})
+    plain = recipe(tmp_path / "plain", model=run.model | {"freeze": ["vision", "text"]})
+    scores = [ablate(r, [], 1, color_rows(24), color_rows(12), missing_rate=0.5)[0] for r in (cached, plain)]
+    assert scores[0]["missing"] == scores[1]["missing"]

@@ -48,11 +48,12 @@ def test_a_corruption_grows_with_its_level_and_keeps_the_form(kind, name):
 def test_a_text_keeps_a_word_and_a_row_its_last_modality():
     assert CORRUPTIONS["text"]["token drop"].apply("alone", 1.0, np.random.default_rng(0)) == "alone"
     samples = RowDataset(color_rows(12), "vqa")
-    gone = CorruptedDataset(samples, "images", ["text"], None, 1.0)
+    both = {"vision": "images", "text": "text"}
+    gone = CorruptedDataset(samples, "vision", both, None, 1.0)
     assert all(gone[i]["images"] is None and gone[i]["text"] for i in range(12))
-    lonely = CorruptedDataset(gone, "text", ["images"], None, 1.0)
+    lonely = CorruptedDataset(gone, "text", both, None, 1.0)
     assert all(lonely[i]["text"] for i in range(12))
-    half = CorruptedDataset(samples, "images", ["text"], None, 0.5)
+    half = CorruptedDataset(samples, "vision", both, None, 0.5)
     missing = [half[i]["images"] is None for i in range(12)]
     assert 0 < sum(missing) < 12 and missing == [half[i]["images"] is None for i in range(12)]
 

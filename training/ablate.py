@@ -9,12 +9,17 @@ import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
 from ..modeling.configuration_crossmodal import CrossModalConfig
 from .building import encoders_and_config
+from .datasets import RowDataset, load_rows, some_of
+from .evaluate import predict_logits, task_of
 from .recipes import nearest
+from .robustness import CorruptedDataset
 from .tasks import TASKS
+from .token_cache import with_cached_tokens
 from .train import train
 
 
@@ -37,8 +42,8 @@ def variants_of(recipe, chosen=None):
     """{name: recipe} of an ablation, `full` first.
 
     Args:
-        recipe: Recipe. chosen: names of `VARIANTS`, `<modality> alone`, or `key=value` of the model's config; None takes all
-            that are named.
+        recipe: Recipe. chosen: names of `VARIANTS`, `<modality> alone`, or `key=value` of the model's config (several with
+            spaces between); None takes all that are named.
 
     Raises:
         ValueError: for a name that there is not.
@@ -51,11 +56,8 @@ def variants_of(recipe, chosen=None):
         if name in alone:
             found[name] = _with_only(recipe, encoders, config, alone[name])
             continue
-        key, given, value = name.partition("=")
-        if given:
-            import yaml
-
-            change = {key: yaml.safe_load(value)}
+        if "=" in name:
+            change = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in name.split())}
         elif name in VARIANTS:
             change = VARIANTS[name]
         else:
@@ -95,17 +97,19 @@ def _with_only(recipe, encoders, config, name):
     return replace(recipe, model=model, warm_up=stages, learning_rates=rates)
 
 
-def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None):
+def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missing_rate=None):
     """Trains every variant of a recipe over seeds; runs that were finished earlier are read.
 
     Args:
         recipe: Recipe, whose `output_dir` takes the results, and whose `seed` is the first one.
         chosen: see `variants_of`. seeds: how many.
         train_rows, eval_rows: instead of `recipe.dataset`.
+        missing_rate: also score every run with each modality missing in this part of the evaluation rows.
 
     Returns:
         list of dicts `{"variant", "runs", "mean", "deviation", "difference", "difference_deviation", "parameters"}` of the
-        task's main metric; differences are to `full`, seed by seed.
+        task's main metric; differences are to `full`, seed by seed. With `missing_rate` also `missing`, {modality: dict of
+        "mean" and "loss", the mean drop against the same run's score on whole rows, with its "deviation"}.
     """
     metric, folder = TASKS[recipe.task].main_metric, Path(recipe.output_dir)
     variants = variants_of(recipe, chosen)
@@ -122,7 +126,7 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None):
                 token_cache=str(folder / "tokens") if recipe.token_cache is True else recipe.token_cache,
                 training={**variants[name].training, "disable_tqdm": True, "save_total_limit": 1},
             )
-            results[name, seed] = _run_once(run, rows, folder / "warm_up")
+            results[name, seed] = _run_once(run, rows, folder / "warm_up", missing_rate)
             bar.update()
             bar.write(f"{name}, seed {seed}: {metric} {results[name, seed]['metrics'][metric]:.4f}")
     table = summarise(results, list(variants), range(recipe.seed, recipe.seed + seeds), metric)
@@ -130,10 +134,12 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None):
     return table
 
 
-def _run_once(run, rows, shared):
+def _run_once(run, rows, shared, missing_rate):
     """Result of one run, from its file if it was finished with this very recipe."""
     folder = Path(run.output_dir)
     known = {key: value for key, value in asdict(run).items() if key not in ("output_dir", "name", "token_cache")}
+    if missing_rate is not None:
+        known["missing_rate"] = missing_rate
     stamp = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = folder / "result.json"
     if file.exists():
@@ -154,10 +160,29 @@ def _run_once(run, rows, shared):
         "chosen_on",
     )
     found = {key: result[key] for key in kept} | {"recipe": stamp}
+    if missing_rate is not None:
+        found["missing"] = _score_with_missing(run, result, rows["eval_rows"], missing_rate)
     aside = file.with_suffix(".writing")
     aside.write_text(json.dumps(found, indent=1))
     aside.replace(file)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return found
+
+
+def _score_with_missing(run, result, eval_rows, rate):
+    """{modality: main metric} of a finished run, with that modality missing in a part of the evaluation rows."""
+    model, processor = result["model"], result["processor"]
+    arguments = {name: processor.argument_of(name) for name in processor.modality_names}
+    if len(arguments) == 1:
+        return {}
+    rows = load_rows(run.dataset, run.eval_split) if eval_rows is None else eval_rows
+    whole = RowDataset(some_of(rows, run.max_eval_rows, run.seed), run.task)
+    samples = with_cached_tokens(run, model, processor, {"evaluation": whole}, lambda line: None)["evaluation"]
+    task, found = task_of(model), {}
+    for name in arguments:
+        data = CorruptedDataset(samples, name, arguments, None, rate)
+        scores = task.score(predict_logits(model, processor, data, progress=False), whole.targets)
+        found[name] = scores[task.main_metric]
     return found
 
 
@@ -178,6 +203,16 @@ def summarise(results, variants, seeds, metric):
                 "parameters": results[name, seeds[0]]["parameters"],
             }
         )
+        missing = [results[name, seed].get("missing") or {} for seed in seeds]
+        if missing[0]:
+            table[-1]["missing"] = {}
+        for modality in missing[0]:
+            lost = [score - found[modality] for score, found in zip(scores, missing, strict=True)]
+            table[-1]["missing"][modality] = {
+                "mean": statistics.mean(found[modality] for found in missing),
+                "loss": statistics.mean(lost),
+                "deviation": statistics.stdev(lost) if len(lost) > 1 else 0.0,
+            }
     return table
 
 
@@ -190,6 +225,12 @@ def as_markdown(table, metric):
             f"| {row['variant']} | {100 * row['mean']:.2f} ± {100 * row['deviation']:.2f} | "
             f"{'' if row['variant'] == 'full' else paired} | {row['runs']} | {row['parameters']:,} |"
         )
+    missing = [(row["variant"], name, of) for row in table for name, of in row.get("missing", {}).items()]
+    if missing:
+        lines += ["", f"| variant | missing | {metric} (%) | points lost |", "|---|---|---|---|"]
+    for variant, name, of in missing:
+        lost = f"{100 * of['loss']:.2f} ± {100 * of['deviation']:.2f}"
+        lines.append(f"| {variant} | {name} | {100 * of['mean']:.2f} | {lost} |")
     return "\n".join(lines)
 
 

@@ -174,6 +174,10 @@ def ablate(
         list[str] | None,
         typer.Option(help="One of the variants, or key=value of the config; may be given again. All, if left out."),
     ] = None,
+    missing: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Also score with each modality missing in this part of the rows."),
+    ] = None,
     as_json: _JSON = False,
 ):
     """Train a recipe with one part changed at a time, over seeds, and say what each part is worth."""
@@ -185,7 +189,7 @@ def ablate(
     from .ablate import as_markdown
     from .tasks import TASKS
 
-    table = run(loaded, variant, seeds)
+    table = run(loaded, variant, seeds, missing_rate=missing)
     print(as_markdown(table, TASKS[loaded.task].main_metric))
     _note(f"table, runs and plot: {loaded.output_dir}/ablation.md, .csv, .png")
     if as_json:

@@ -98,12 +98,12 @@ class CorruptedDataset(Dataset):
     """A dataset whose samples have one input missing or corrupted, the same way every time.
 
     Args:
-        dataset: of samples. argument: the input. others: the inputs that a row must keep one of.
-        corruption: a row of `CORRUPTIONS`, or None to take the input away at rate `level`.
+        dataset: of samples, or of cached tokens. name: of the modality. arguments: of the processor, by modality.
+        corruption: a row of `CORRUPTIONS`, or None to take the input away at rate `level` from rows that have another.
     """
 
-    def __init__(self, dataset, argument, others, corruption, level, seed=0):
-        self.dataset, self.argument, self.others = dataset, argument, others
+    def __init__(self, dataset, name, arguments, corruption, level, seed=0):
+        self.dataset, self.name, self.arguments = dataset, name, arguments
         self.corruption, self.level, self.seed = corruption, level, seed
 
     def __len__(self):
@@ -111,14 +111,18 @@ class CorruptedDataset(Dataset):
 
     def __getitem__(self, index):
         sample = self.dataset[index]
-        value = sample.get(self.argument)
-        if value is None:
+        keys = {name: (argument, f"{name}_tokens") for name, argument in self.arguments.items()}
+        present = {name for name, own in keys.items() if any(sample.get(key) is not None for key in own)}
+        if self.name not in present:
             return sample
         rng = np.random.default_rng([self.seed, index])
+        argument = self.arguments[self.name]
         if self.corruption is not None:
-            return sample | {self.argument: self.corruption.apply(value, self.level, rng)}
-        alone = all(sample.get(other) is None for other in self.others)
-        return sample | {self.argument: None} if rng.random() < self.level and not alone else sample
+            return sample | {argument: self.corruption.apply(sample[argument], self.level, rng)}
+        if rng.random() >= self.level or present == {self.name}:
+            return sample
+        lost = (argument, f"{self.name}_tokens", f"{self.name}_key")
+        return sample | {key: None for key in lost if key in sample}
 
 
 def robustness(model, processor, dataset, split, seed=0, batch_size=128, limit=None, write=print):
@@ -149,10 +153,9 @@ def robustness(model, processor, dataset, split, seed=0, batch_size=128, limit=N
             continue
         kinds = {"missing": None} if len(arguments) > 1 else {}
         kinds |= CORRUPTIONS.get(model.config.modality_settings[name]["type"], {})
-        others = [other for other in arguments.values() if other != argument]
         for kind, corruption in kinds.items():
             for level in MISSING_RATES if corruption is None else corruption.levels:
-                data = CorruptedDataset(samples, argument, others, corruption, level, seed)
+                data = CorruptedDataset(samples, name, arguments, corruption, level, seed)
                 unit = "rate" if corruption is None else corruption.unit
                 table.append(measured(data, modality=name, kind=kind, level=level, unit=unit))
                 write(f"{name}, {kind} {level:g}: {task.main_metric} {table[-1][task.main_metric]:.3f}")
