@@ -64,6 +64,22 @@ def test_last_level_is_the_last_hidden_state_of_the_plain_encoder(model_type):
     torch.testing.assert_close(encoded[name].levels[-1], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("model_type", ["swin", "resnet", "mobilenet_v2", "convnext"])
+def test_levels_of_a_pyramid_are_averaged_onto_the_grid_of_the_deepest(model_type):
+    model, name, batch = compose(model_type, CrossModalModel, levels=[1, -1])
+    model.eval()
+    encoder = model.encoders[name]
+    outputs = encoder(**batch, output_hidden_states=True)
+    plain = getattr(outputs, "reshaped_hidden_states", None) or outputs.hidden_states
+    deepest = plain[-1].shape[-2:]
+    assert plain[0].shape[-2:] != deepest
+    encoded, _ = model.encode(model._collect_inputs(batch, None))
+    assert encoded[name].grid == tuple(deepest)
+    for level, found in zip(plain[1:2], encoded[name].levels[:1], strict=True):
+        expected = torch.nn.functional.adaptive_avg_pool2d(level, deepest).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("model_type", zoo.MODEL_TYPES)
 def test_gradient_reaches_every_trainable_parameter(model_type):
     model, _, batch = compose(model_type)
