@@ -1,11 +1,14 @@
 """The benchmark: that it measures what it says, on models small enough for a test."""
 
+import copy
 import statistics
 import time
 
 import pytest
 import torch
 from crossmodal.training import benchmark
+from crossmodal.training.recipes import Recipe
+from world import TINY_RECIPE, color_rows
 
 
 SMALL = {"width": 64, "heads": 2, "depth": 1, "fusion": 1, "image": 32, "patch": 8}
@@ -75,3 +78,15 @@ def test_kernels_are_measured_over_lengths_and_their_growth_is_read_off():
 def test_linear_error_falls_with_features():
     errors = benchmark.feature_errors(counts=(32, 512), keys=128, width=16, draws=3)
     assert errors[512] < 0.5 * errors[32] < errors["exact output"]
+
+
+def test_training_from_cached_tokens_is_measured_against_raw_inputs(tmp_path):
+    color_rows(24).to_parquet(tmp_path / "train.parquet")
+    values = copy.deepcopy(TINY_RECIPE) | {"dataset": str(tmp_path), "output_dir": str(tmp_path / "out")}
+    values["model"]["freeze"] = ["vision", "text"]
+    found = benchmark.cached_training(Recipe(**values), rows=24, rounds=1)
+    assert found["cached"] > 0 and found["ratio"] == pytest.approx(found["cached"] / found["raw"])
+    assert found["logits_difference"] < 1e-5 and not (tmp_path / "out").exists()
+    values["model"]["freeze"] = []
+    with pytest.raises(ValueError, match="model.freeze names no encoder"):
+        benchmark.cached_training(Recipe(**values), rows=24, rounds=1)

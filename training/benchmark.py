@@ -341,6 +341,67 @@ def where_time_goes(size="tiny", questions=32, images=32, words=_WORDS, rounds=7
     return found | {"the rest": 1 - sum(found.values())}
 
 
+def cached_training(recipe, rows=256, rounds=3):
+    """Training on raw inputs and on cached tokens of the frozen encoders, in turn, over the first rows of a recipe.
+
+    Args:
+        recipe: Recipe with frozen encoders.
+
+    Returns:
+        dict with `raw` and `cached` (samples per second of loading, forward, backward and step), `ratio` (median over rounds),
+        `logits_difference` (largest, of the same rows in eval mode) and `fill_seconds` (computing the tokens once).
+    """
+    import tempfile
+    from dataclasses import replace
+
+    from torch.utils.data import DataLoader
+
+    from .building import build
+    from .collator import SampleCollator
+    from .datasets import RowDataset, load_rows, some_of
+    from .evaluate import predict_logits
+    from .tasks import TASKS
+    from .token_cache import with_cached_tokens
+
+    if not recipe.model.get("freeze"):
+        raise ValueError(
+            "model.freeze names no encoder, so there are no tokens to cache. Freeze one, for example [vision]."
+        )
+    dataset = RowDataset(some_of(load_rows(recipe.dataset, recipe.train_split), rows, recipe.seed), recipe.task)
+    task = TASKS[recipe.task].from_targets(dataset.targets)
+    model, processor = build(recipe, task, [dataset])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    batch_size = recipe.training.get("per_device_train_batch_size", 32)
+    with tempfile.TemporaryDirectory(prefix="crossmodal-cache-") as folder:
+        started = time.perf_counter()
+        kept = replace(recipe, token_cache=folder)
+        cached = with_cached_tokens(kept, model, processor, {"rows": dataset}, lambda line: None)["rows"]
+        fill_seconds = time.perf_counter() - started
+        logits = [predict_logits(model, processor, data, batch_size, progress=False) for data in (dataset, cached)]
+
+        def epoch(data):
+            loader = DataLoader(data, batch_size, collate_fn=SampleCollator(processor, task.encode_targets))
+
+            def run():
+                model.train()
+                for batch in loader:
+                    loss = model(**{key: value.to(model.device) for key, value in batch.items()}).loss
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+
+            return run
+
+        times = in_turn({"raw": epoch(dataset), "cached": epoch(cached)}, model.device, rounds)
+    return {
+        **{name: len(dataset) / statistics.median(seconds) for name, seconds in times.items()},
+        "ratio": statistics.median(raw / own for raw, own in zip(times["raw"], times["cached"], strict=True)),
+        "logits_difference": (logits[0] - logits[1]).abs().max().item(),
+        "fill_seconds": fill_seconds,
+    }
+
+
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 

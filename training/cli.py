@@ -198,6 +198,10 @@ def ablate(
 
 @app.command()
 def benchmark(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the recipe of --cached")] = None,
+    cached: Annotated[
+        str | None, typer.Option(help="A recipe: its training from raw inputs and from cached tokens instead.")
+    ] = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Attention kernels over 1k to 64k tokens instead of whole models.")
     ] = False,
@@ -210,7 +214,21 @@ def benchmark(
 
     if size not in bench.SIZES:
         raise ValueError(f"--size {size} is unknown. Expected one of {sorted(bench.SIZES)}.")
+    if overrides and not cached:
+        raise ValueError(f"{overrides[0]!r} belongs to a recipe. Name one with --cached RECIPE.")
     _quiet()
+    if cached:
+        from .recipes import Recipe
+
+        found = bench.cached_training(Recipe.load(cached, overrides or []), rounds=rounds)
+        _note(
+            f"training, samples per second: {found['raw']:.1f} from raw inputs, {found['cached']:.1f} from cached tokens, "
+            f"{found['ratio']:.1f} times as many; logits differ by {found['logits_difference']:.1e}; computed once in "
+            f"{found['fill_seconds']:.0f} s."
+        )
+        if as_json:
+            _print_json(found)
+        return
     if kernels:
         table, errors = bench.kernels(write=_note), bench.feature_errors()
         found = bench.growth_and_crossover(table)
