@@ -234,6 +234,7 @@ SCENARIOS = [
     ("batch 1", 1, 1, _WORDS, _WORDS),
     ("batch 8", 8, 8, _WORDS, _WORDS),
     ("batch 32", 32, 32, _WORDS, _WORDS),
+    ("batch 32, 12 words", 32, 32, _REAL_WORDS, _REAL_WORDS),
     ("32 questions, 8 images", 32, 8, _REAL_WORDS, _REAL_WORDS),
     ("the same, peers pad to 32 words", 32, 8, _REAL_WORDS, _WORDS),
 ]
