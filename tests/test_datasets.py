@@ -178,6 +178,14 @@ def test_recipes_of_the_package_are_whole(name):
     assert (recipe.dataset, recipe.output_dir, recipe.task) == ("elsewhere", "there", "vqa")
 
 
+def test_overrides_reach_a_stage_by_its_number():
+    recipe = Recipe.load("vqa_nlvr", ["warm_up.1.rows=60000", "warm_up.1.training.num_train_epochs=1"])
+    assert recipe.warm_up[1]["rows"] == 60000 and recipe.warm_up[1]["training"]["num_train_epochs"] == 1
+    assert recipe.warm_up[0] == Recipe.load("vqa_nlvr").warm_up[0]
+    with pytest.raises(ValueError, match="'2' is no item of a list of 2. Expected 0 to 1"):
+        Recipe.load("vqa_nlvr", ["warm_up.2.rows=60000"])
+
+
 def test_overrides_reach_nested_keys_and_arguments_of_training():
     recipe = Recipe.load(
         "vqa_easy", ["num_train_epochs=2", "training.learning_rate=1e-4", "model.config.hidden_size=64"]

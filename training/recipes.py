@@ -129,7 +129,8 @@ class Recipe:
 
     @classmethod
     def load(cls, name, overrides=()):
-        """A recipe by name or path, with overrides such as `dataset=data/x` or `training.num_train_epochs=2`.
+        """A recipe by name or path, with overrides such as `dataset=data/x`, `training.num_train_epochs=2` or
+        `warm_up.1.rows=1000` (the second stage).
 
         An override without a dot may also name a key of `training`.
         """
@@ -144,12 +145,23 @@ class Recipe:
             if not rest and section not in known and section in _training_keys():
                 section, rest = "training", [section]
             cls._check_key(section, known | _training_keys() if not rest else known)
-            target = values
-            for part in [section, *rest][:-1]:
-                target = target.setdefault(part, {})
-                if not isinstance(target, dict):
+            target, *parts = values, section, *rest
+            for part, last in zip(parts, [False] * len(rest) + [True], strict=True):
+                if isinstance(target, list):
+                    # An item of a list (a stage of warm_up) goes by its number.
+                    if not part.isdigit() or int(part) >= len(target):
+                        raise ValueError(
+                            f"{key}: {part!r} is no item of a list of {len(target)}. Expected 0 to {len(target) - 1}."
+                        )
+                    part = int(part)
+                if last:
+                    target[part] = value
+                    break
+                if isinstance(target, dict):
+                    target.setdefault(part, {})
+                target = target[part]
+                if not isinstance(target, dict | list):
                     raise ValueError(f"{key}: {part!r} holds {target!r}, not further keys. Give {part}=... itself.")
-            target[[section, *rest][-1]] = value
         for key in values:
             cls._check_key(key, known)
         missing = [key for key in ("task", "dataset", "output_dir") if not values.get(key)]
