@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 from crossmodal.training import benchmark
+from crossmodal.training.peers import PEERS, Size, accuracy_of, train_for
 from crossmodal.training.recipes import Recipe
 from world import TINY_RECIPE, color_rows
 
 
-SMALL = {"width": 64, "heads": 2, "depth": 1, "fusion": 1, "image": 32, "patch": 8}
+SMALL = Size(width=64, heads=2, depth=1, fusion=1, image=(32, 32), patch=8, vocabulary=100, answers=7)
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +37,10 @@ def test_every_contender_is_measured_in_every_scenario():
 
 def test_flops_are_those_of_a_linear_layer():
     class Model(torch.nn.Linear):
-        config = None
-
         def forward(self, x):
             return super().forward(x)
 
-    model = Model(10, 20)
-    model.config = type("Config", (), {"_attn_implementation": None})()
-    assert benchmark.flops_of(model, {"x": torch.randn(3, 10)}) == 2 * 3 * 10 * 20
+    assert benchmark.flops_of(Model(10, 20), {"x": torch.randn(3, 10)}) == 2 * 3 * 10 * 20
 
 
 def test_what_runs_in_turn_is_timed_alone():
@@ -90,3 +87,37 @@ def test_training_from_cached_tokens_is_measured_against_raw_inputs(tmp_path):
     values["model"]["freeze"] = []
     with pytest.raises(ValueError, match="model.freeze names no encoder"):
         benchmark.cached_training(Recipe(**values), rows=24, rounds=1)
+
+
+def test_peers_learn_as_long_as_ours_from_the_same_rows(tmp_path):
+    color_rows(24).to_parquet(tmp_path / "train.parquet")
+    color_rows(12).to_parquet(tmp_path / "validation.parquet")
+    values = copy.deepcopy(TINY_RECIPE) | {"dataset": str(tmp_path), "output_dir": str(tmp_path / "out")}
+    values["training"] |= {"num_train_epochs": 1}
+    values["warm_up"] = [{"dataset": str(tmp_path), "training": {"max_steps": 1}}]
+    recipe = Recipe(**values)
+    table = benchmark.equal_training_time(
+        recipe, ["ViltForQuestionAnswering"], patch=8, depth=1, write=lambda line: None
+    )
+    ours, vilt = table
+    assert vilt["minutes"] == ours["minutes"] > 0 and vilt["steps"] >= 1 and vilt["parameters"] > 0
+    assert 0 <= vilt["accuracy"] <= 1 and ours["ours_over_this"] == 1 and vilt["samples_per_second"] > 0
+    with pytest.raises(ValueError, match="holds an earlier run, whose minutes are not known"):
+        benchmark.equal_training_time(recipe, ["ViltForQuestionAnswering"], write=lambda line: None)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_learn_from_what_our_processor_makes(name):
+    from test_pipeline import tiny_processor_and_model
+
+    processor, _ = tiny_processor_and_model()
+    rows = color_rows(16)
+    samples = [{"images": r["image"], "text": r["question"], "target": r["answer"]} for r in rows]
+    labels = {answer: index for index, answer in enumerate(sorted(set(rows["answer"])))}
+    side = processor(images=[samples[0]["images"]], text=["what?"])["pixel_values"].shape[-1]
+    size = Size(64, 2, 1, 1, (side, side), side // 2, len(processor.tokenizer), len(labels))
+    torch.manual_seed(0)
+    peer = PEERS[name](size)
+    before = accuracy_of(peer, processor, labels, samples, set(labels))
+    steps = train_for(peer, processor, labels, [(samples, 1.0)], minutes=0.15, batch_size=16, learning_rate=2e-3)
+    assert steps > 5 and accuracy_of(peer, processor, labels, samples, set(labels)) > max(before, 0.9)

@@ -12,14 +12,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .peers import PEERS, Size, accuracy_of, train_for
 
 
-# Of all contenders: as large as `tiny` of systems that fuse, with 64 patches and up to 32 words.
+# Of all contenders: with 64 (49) patches and up to 32 words.
 SIZES = {
-    "tiny": {"width": 256, "heads": 4, "depth": 4, "fusion": 2, "image": 128, "patch": 16},
-    "base": {"width": 768, "heads": 12, "depth": 12, "fusion": 6, "image": 224, "patch": 32},
+    "tiny": Size(width=256, heads=4, depth=4, fusion=2, image=(128, 128), patch=16),
+    "base": Size(width=768, heads=12, depth=12, fusion=6, image=(224, 224), patch=32),
 }
-_WORDS, _REAL_WORDS, _ANSWERS, _VOCABULARY = 32, 12, 1000, 5000
+_WORDS, _REAL_WORDS = 32, 12
 
 
 def _ours(size, **overrides):
@@ -27,138 +30,44 @@ def _ours(size, **overrides):
 
     from crossmodal import CrossModalConfig, CrossModalForVQA
 
-    column = {"hidden_size": size["width"], "num_hidden_layers": size["depth"], "num_attention_heads": size["heads"]}
-    column |= {"intermediate_size": 4 * size["width"]}
+    vision = ViTConfig(image_size=size.image, patch_size=size.patch, num_hidden_layers=size.depth, **size.layers)
+    text = BertConfig(vocab_size=size.vocabulary, num_hidden_layers=size.depth, **size.layers)
     config = CrossModalConfig(
-        modalities={
-            "vision": ViTConfig(image_size=size["image"], patch_size=size["patch"], **column),
-            "text": BertConfig(vocab_size=_VOCABULARY, **column),
-        },
-        hidden_size=size["width"],
-        num_attention_heads=size["heads"],
-        num_fusion_layers=size["fusion"],
-        intermediate_size=4 * size["width"],
-        num_labels=_ANSWERS,
+        modalities={"vision": vision, "text": text},
+        num_fusion_layers=size.fusion,
+        num_labels=size.answers,
+        **size.layers,
         **{"fusion_queries": ["text"]} | overrides,
     )
     return CrossModalForVQA(config)
 
 
-def _vilt(size):
-    from transformers import ViltConfig, ViltForQuestionAnswering
-
-    return ViltForQuestionAnswering(
-        ViltConfig(
-            vocab_size=_VOCABULARY,
-            hidden_size=size["width"],
-            num_hidden_layers=size["depth"] + size["fusion"],
-            num_attention_heads=size["heads"],
-            intermediate_size=4 * size["width"],
-            image_size=size["image"],
-            patch_size=size["patch"],
-            num_labels=_ANSWERS,
-        )
-    )
-
-
-def _lxmert(size):
-    from transformers import LxmertConfig, LxmertForQuestionAnswering
-
-    return LxmertForQuestionAnswering(
-        LxmertConfig(
-            vocab_size=_VOCABULARY,
-            hidden_size=size["width"],
-            num_attention_heads=size["heads"],
-            intermediate_size=4 * size["width"],
-            l_layers=size["depth"],
-            r_layers=size["depth"],
-            x_layers=size["fusion"],
-            # It reads features of regions: as many numbers as a patch has.
-            visual_feat_dim=3 * size["patch"] ** 2,
-            num_qa_labels=_ANSWERS,
-        )
-    )
-
-
-class _BridgeTowerForQuestionAnswering(nn.Module):
-    """transformers' BridgeTower with ViLT's head, for it has none for answers."""
-
-    def __init__(self, size):
-        super().__init__()
-        from transformers import BridgeTowerConfig, BridgeTowerModel
-
-        width = size["width"]
-        config = BridgeTowerConfig(
-            hidden_size=width,
-            num_hidden_layers=size["fusion"],
-            num_attention_heads=size["heads"],
-            intermediate_size=4 * width,
-            text_config={
-                "vocab_size": _VOCABULARY,
-                "hidden_size": width,
-                "num_hidden_layers": size["depth"],
-                "num_attention_heads": size["heads"],
-                "intermediate_size": 4 * width,
-            },
-            vision_config={
-                "hidden_size": width,
-                "num_hidden_layers": size["depth"],
-                "image_size": size["image"],
-                "patch_size": size["patch"],
-            },
-        )
-        self.config = config
-        self.model = BridgeTowerModel(config)
-        self.classifier = nn.Sequential(
-            nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, _ANSWERS)
-        )
-
-    def forward(self, **inputs):
-        return self.classifier(self.model(**inputs).pooler_output)
-
-
 def contenders(size):
     """{name: model} with random weights, of one width, depth, number of patches and words."""
     size = SIZES[size]
-    made = {
+    ours = {
         "CrossModalForVQA": _ours(size),
         "CrossModalForVQA, both streams": _ours(size, fusion_queries=None),
-        "LxmertForQuestionAnswering": _lxmert(size),
-        "ViltForQuestionAnswering": _vilt(size),
-        "BridgeTower": _BridgeTowerForQuestionAnswering(size),
     }
-    return made
+    return ours | {name: peer(size) for name, peer in PEERS.items()}
 
 
 def _batch(name, size, questions, images, words, device, generator):
-    """The inputs of a contender: `questions` over `images`, each with `words` words."""
+    """The inputs of a contender: `questions` over `images`, each with `words` words. Peers take an image for each question."""
     size = SIZES[size]
-    ids = torch.randint(5, _VOCABULARY, (questions, words), generator=generator)
-    pixels = torch.randn(images, 3, size["image"], size["image"], generator=generator)
+    ids = torch.randint(5, size.vocabulary, (questions, words), generator=generator)
+    pixels = torch.randn(images, 3, *size.image, generator=generator)
     index = torch.arange(questions) * images // questions
-    mask = torch.ones_like(ids)
-    if name.startswith("CrossModal"):
-        batch = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
-        if images < questions:
-            batch["pixel_values_index"] = index
-    elif name.startswith("Lxmert"):
-        patch = size["patch"]
-        patches = (
-            pixels.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        )
-        boxes = torch.rand(images, patches.shape[1], 4, generator=generator)
-        batch = {"input_ids": ids, "attention_mask": mask, "visual_feats": patches[index], "visual_pos": boxes[index]}
+    batch = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name not in PEERS and images < questions:
+        batch["pixel_values_index"] = index
     else:
-        whole = torch.ones(questions, *pixels.shape[2:], dtype=torch.long)
-        batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels[index], "pixel_mask": whole}
+        batch["pixel_values"] = pixels[index]
     return {key: value.to(device) for key, value in batch.items()}
 
 
 def _logits(output):
-    for name in ("logits", "question_answering_score"):
-        if hasattr(output, name):
-            return getattr(output, name)
-    return output
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 def _synchronise(device):
@@ -176,10 +85,11 @@ def _forward(model, batch):
 
 def _training(model, batch):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    target = torch.rand(len(batch["input_ids"]), _ANSWERS, device=batch["input_ids"].device)
+    device = batch["input_ids"].device
 
     def run():
-        loss = nn.functional.binary_cross_entropy_with_logits(_logits(model(**batch)).float(), target)
+        logits = _logits(model(**batch)).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, torch.rand(logits.shape, device=device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -216,16 +126,16 @@ def matmul_peak(device, side=1536, rounds=7):
 
 def flops_of(model, batch):
     """FLOP of a forward, counted on attention written out, which the counter knows for every backend."""
-    config = getattr(model, "config", None)
-    before = config._attn_implementation
-    if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation("eager")
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [module.config._attn_implementation for module in inner]
+    for module in inner:
+        module.set_attn_implementation("eager")
     try:
         with FlopCounterMode(display=False) as counter:
             model(**batch)
     finally:
-        if hasattr(model, "set_attn_implementation"):
-            model.set_attn_implementation(before or "sdpa")
+        for module, implementation in zip(inner, before, strict=True):
+            module.set_attn_implementation(implementation or "sdpa")
     return counter.get_total_flops()
 
 
@@ -262,7 +172,7 @@ def compare(size="tiny", rounds=7, training=True, device=None, write=print):
     ):
         runs, flops = {}, {}
         for name, model in models.items():
-            words = ours if name.startswith("CrossModal") else theirs
+            words = theirs if name in PEERS else ours
             batch = _batch(name, size, questions, images, words, device, generator)
             model.train(mode == "training")
             runs[name] = (_training if mode == "training" else _forward)(model, batch)
@@ -401,6 +311,103 @@ def cached_training(recipe, rows=256, rounds=3):
         "logits_difference": (logits[0] - logits[1]).abs().max().item(),
         "fill_seconds": fill_seconds,
     }
+
+
+# Part of their time that peers spend on the drawn statements of a recipe's stages, before its own rows.
+_STAGES_PART = 0.6
+
+
+def equal_training_time(recipe, peers=tuple(PEERS), patch=16, depth=2, write=print):
+    """Accuracy of a recipe's model, and of peers that learn as long from the same rows, with the speed of each.
+
+    Peers take the stages of `warm_up` that train the whole model, then the recipe's own rows; nothing is chosen for them on
+    the way, as their schedule ends with the time.
+
+    Args:
+        recipe: Recipe of a `vqa` with one answer a row. peers: names of `PEERS`.
+        patch, depth: of the peers; width, heads and layers that fuse are the recipe's.
+
+    Returns:
+        list of `{"model", "accuracy", "minutes", "steps", "parameters", "samples_per_second", "ours_over_this"}`, the speed of
+        forwards of 32 rows from pixels.
+    """
+    from transformers import ViTImageProcessorPil
+
+    from ..processing.processing_crossmodal import CrossModalProcessor
+    from .collator import SampleCollator
+    from .datasets import RowDataset, load_rows, some_of
+    from .train import train
+
+    ours = train(recipe, export=False, write=write)
+    if ours["resumed"]:
+        raise ValueError(
+            f"output_dir={recipe.output_dir!r} holds an earlier run, whose minutes are not known. Choose a fresh output_dir."
+        )
+    config, minutes = ours["model"].config, ours["minutes"]
+    stages = [stage for stage in recipe.warm_up if "modalities" not in stage and "config" not in stage]
+    sources = [
+        (s["dataset"], s.get("train_split", recipe.train_split), s.get("rows"), s.get("augment")) for s in stages
+    ]
+    sources.append((recipe.dataset, recipe.train_split, recipe.max_train_rows, recipe.augment))
+    data = [
+        RowDataset(some_of(load_rows(source, split, limit), limit, recipe.seed), recipe.task, augment)
+        for source, split, limit, augment in sources
+    ]
+    parts = [_STAGES_PART / len(stages)] * len(stages) + [1 - _STAGES_PART * bool(stages)]
+    rows = some_of(load_rows(recipe.dataset, recipe.eval_split), recipe.max_eval_rows, recipe.seed)
+    samples = RowDataset(rows, recipe.task)
+    labels = {answer: index for index, answer in enumerate(sorted({t for d in (*data, samples) for t in d.targets}))}
+    # Whole patches: sides are rounded up.
+    height, width = (-(-side // patch) * patch for side in _image_size(ours["processor"]))
+    processor = CrossModalProcessor.from_config(
+        config, ViTImageProcessorPil(size={"height": height, "width": width}), ours["processor"].tokenizer
+    )
+    size = Size(
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        depth=depth,
+        fusion=config.num_fusion_layers,
+        image=(height, width),
+        patch=patch,
+        vocabulary=len(processor.tokenizer),
+        answers=len(labels),
+    )
+    device = ours["model"].device
+    table = [{"model": "CrossModalForVQA", "accuracy": ours["metrics"]["accuracy"], "minutes": minutes, "steps": None}]
+    models, processors = {"CrossModalForVQA": ours["model"].eval()}, {"CrossModalForVQA": ours["processor"]}
+    for name in peers:
+        models[name], processors[name] = PEERS[name](size).to(device), processor
+        steps = train_for(
+            models[name],
+            processor,
+            labels,
+            list(zip(data, parts, strict=True)),
+            minutes,
+            recipe.training.get("per_device_train_batch_size", 64),
+            float(recipe.training.get("learning_rate", 5e-4)),
+            recipe.seed,
+            name,
+        )
+        accuracy = accuracy_of(models[name], processor, labels, samples, set(data[-1].targets))
+        table.append({"model": name, "accuracy": accuracy, "minutes": minutes, "steps": steps})
+        write(f"{name}: {accuracy:.4f} after {steps:,} steps.")
+    runs = {}
+    for name, model in models.items():
+        batch = SampleCollator(processors[name], deduplicate=False)([samples[i] for i in range(min(32, len(samples)))])
+        runs[name] = _forward(model.eval(), {key: value.to(device) for key, value in batch.items()})
+    times = in_turn(runs, device)
+    for row in table:
+        seconds = times[row["model"]]
+        ratios = [other / own for other, own in zip(seconds, times["CrossModalForVQA"], strict=True)]
+        row["parameters"] = sum(p.numel() for p in models[row["model"]].parameters())
+        row["samples_per_second"] = min(32, len(samples)) / statistics.median(seconds)
+        row["ours_over_this"] = statistics.median(ratios)
+    return table
+
+
+def _image_size(processor):
+    size = dict(processor.image_processor.size)
+    return size["height"], size["width"]
 
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)

@@ -198,9 +198,15 @@ def ablate(
 
 @app.command()
 def benchmark(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the recipe of --cached")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the recipe of --cached or --train")
+    ] = None,
     cached: Annotated[
         str | None, typer.Option(help="A recipe: its training from raw inputs and from cached tokens instead.")
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help="A recipe: its accuracy, and that of peers that learn as long from the same rows."),
     ] = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Attention kernels over 1k to 64k tokens instead of whole models.")
@@ -214,12 +220,18 @@ def benchmark(
 
     if size not in bench.SIZES:
         raise ValueError(f"--size {size} is unknown. Expected one of {sorted(bench.SIZES)}.")
-    if overrides and not cached:
-        raise ValueError(f"{overrides[0]!r} belongs to a recipe. Name one with --cached RECIPE.")
-    _quiet()
-    if cached:
-        from .recipes import Recipe
+    if overrides and not (cached or train):
+        raise ValueError(f"{overrides[0]!r} belongs to a recipe. Name one with --cached RECIPE or --train RECIPE.")
+    from .recipes import Recipe
 
+    _quiet()
+    if train:
+        table = bench.equal_training_time(Recipe.load(train, overrides or []), write=_note)
+        _print_table(f"{train}: trained as long as each other", {row.pop("model"): row for row in map(dict, table)})
+        if as_json:
+            _print_json(table)
+        return
+    if cached:
         found = bench.cached_training(Recipe.load(cached, overrides or []), rounds=rounds)
         _note(
             f"training, samples per second: {found['raw']:.1f} from raw inputs, {found['cached']:.1f} from cached tokens, "
