@@ -236,7 +236,7 @@ class CrossModalConfig(PreTrainedConfig):
         attention_kernel: what computes attention in the fusion (KERNELS of kernels_crossmodal.py): `"exact"`; for long inputs
             `"window"` (each token sees those near its place along a common axis, `attention_window` on each side, and the
             first `attention_global_tokens`), `"linear"` (`num_random_features` positive random features, None: d ln d for
-            heads of width d) or `"latents"` (`num_latents` learned ones per head).
+            heads of width d) or `"latents"` (`num_latents` learned ones per head; give it 16 or more).
         gate: what adapts cross attention: `"content"` (bilinear in the stream and what it saw), `"static"` (tanh of a
             learned number per stream, 0 at the start), `"none"`, or `"closed"` (no cross attention at all, for ablations).
         pooling: tokens of one modality to one vector: `"attention"`, `"mean"` or `"first"`.
@@ -558,7 +558,10 @@ class CrossModalConfig(PreTrainedConfig):
             )
         for name in self.modality_names:
             kind = self.modality_settings[name]["type"]
-            if kind == "vision" or not getattr(getattr(self, f"{name}_config"), "use_positions", True):
+            encoder = getattr(self, f"{name}_config")
+            # Patches of a spectrogram (AST) are a grid too.
+            grid = kind == "vision" or (kind == "audio" and getattr(encoder, "patch_size", None))
+            if grid or not getattr(encoder, "use_positions", True):
                 raise ValueError(
                     f"attention_kernel='window' needs tokens in order along an axis that all modalities share, and modality "
                     f"{name!r} (type {kind!r}) has none. Choose 'exact', 'linear' or 'latents'."

@@ -312,7 +312,7 @@ def _run_transformers_encoder(encoder, kind, values, mask):
     else:
         states.append(last)
     if kind == "audio" and mask is not None:
-        mask = _audio_token_mask(encoder, mask, last.shape[1])
+        mask = audio_token_mask(encoder, mask, last.shape[1])
     return states, mask if kind in ("text", "audio") else None
 
 
@@ -324,7 +324,7 @@ def _needs_interpolation(config, pixel_values):
     return tuple(pixel_values.shape[-2:]) != expected
 
 
-def _audio_token_mask(encoder, mask, num_tokens):
+def audio_token_mask(encoder, mask, num_tokens):
     """Mask of an audio encoder's tokens from the mask of its frames or samples. Returns (B,T) or None."""
     if getattr(encoder.config, "patch_size", None):
         # Patches of a spectrogram of fixed size (AST): silence is content, and each patch counts.

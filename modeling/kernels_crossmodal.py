@@ -82,8 +82,9 @@ class WindowKernel(ExactKernel):
 
     Query i of n looks at the keys j of m with |j - c(i)| <= w, c(i) = floor((i + 1/2) m / n): both lengths cover the same
     stretch, such as seconds of sound and of video (for m = n this is the sliding window of Longformer, arXiv 2004.05150).
-    n and m count up to the last real token of a row, so that padding moves nobody. `attention_window` is w,
-    `attention_global_tokens` how many keys at the front everybody sees.
+    n and m count up to the last real token of a row, so that padding at the end moves nobody. `attention_window` is w,
+    `attention_global_tokens` how many keys at the front everybody sees. With masks the sizes of blocks depend on the data:
+    torch.compile breaks the graph there.
     """
 
     def __init__(self, config, num_heads):
@@ -94,23 +95,37 @@ class WindowKernel(ExactKernel):
     def forward(self, query, key, value, mask=None, query_mask=None, output_attentions=False):
         num_queries, num_keys = query.shape[2], key.shape[2]
         query_ends, key_ends = _ends(query_mask, query), _ends(mask, key)
-        places = 2 * torch.arange(num_queries, device=query.device) + 1
+        # Padding at the end stands where the last real query stands, so that it asks for no keys of its own.
+        places = torch.arange(num_queries, device=query.device).minimum(query_ends[:, None] - 1)
         # (1 or B, Tq); whole numbers, so that no rounding depends on the length.
-        centres = (places * key_ends[:, None]).div(2 * query_ends[:, None], rounding_mode="floor")
-        centres = centres.minimum(key_ends[:, None] - 1)
-        if mask is None and query_mask is None:
-            stretch = num_keys / num_queries
-        else:
-            stretch = (key_ends / query_ends).max().item()
-        # Queries go in blocks that share the keys which any of them may see.
-        size = min(num_queries, max(1, int(max(32, self.window) / stretch)))
-        span = math.ceil((size - 1) * stretch) + 1 + 2 * self.window
+        centres = ((2 * places + 1) * key_ends[:, None]).div(2 * query_ends[:, None], rounding_mode="floor")
+        size, span = self._block(centres, num_queries, num_keys, query.shape[3], mask is None and query_mask is None)
         if output_attentions or span >= num_keys:
             allowed = self._allowed(torch.arange(num_keys, device=key.device), centres[..., None], key_ends)
             if mask is not None:
                 allowed = allowed & mask[:, None]
             return self._attend(query, key, value, allowed[:, None], output_attentions)
         return self._in_blocks(query, key, value, mask, centres, key_ends, size, span), None
+
+    def _block(self, centres, num_queries, num_keys, width, whole):
+        """Queries of a block, and the keys that any of them may see: the pair that costs least.
+
+        whole: no row has padding; what a block spans then follows from the lengths alone, and no device has to be asked.
+        """
+        sizes = [2**power for power in range(10) if 2**power < 2 * num_queries]
+        if whole:
+            spreads = [math.ceil((size - 1) * num_keys / num_queries) for size in sizes]
+        else:
+            ends = [
+                centres[:, [min(start + size, num_queries) - 1 for start in range(0, num_queries, size)]]
+                for size in sizes
+            ]
+            spreads = torch.stack([(end - centres[:, ::size]).max() for size, end in zip(sizes, ends, strict=True)])
+            spreads = spreads.tolist()
+        spans = [spread + 1 + 2 * self.window for spread in spreads]
+        costs = [-(-num_queries // size) * span * (size + width) for size, span in zip(sizes, spans, strict=True)]
+        best = costs.index(min(costs))
+        return min(sizes[best], num_queries), spans[best]
 
     def _allowed(self, keys, centres, ends):
         """Which of `keys` (positions) a query at `centres` sees; both broadcast, ends (1 or B,)."""
@@ -204,17 +219,21 @@ class LinearKernel(nn.Module):
         return rows * torch.randn(count, width, device=device, dtype=torch.float32).norm(dim=1, keepdim=True)
 
     def forward(self, query, key, value, mask=None, query_mask=None, output_attentions=False):
-        features = self.draw_features() if self.training else self.features.float()
-        length = (self.max_temperature * self.temperature.float().sigmoid()).sqrt()[None, :, None, None]
-        # float32 from here: features are exponentials. |x|^2 / 2 is the same for all and cancels.
-        query, key = (length * nn.functional.normalize(states.float(), dim=-1) @ features.T for states in (query, key))
-        query = (query - query.amax(dim=-1, keepdim=True).detach()).exp()
-        key = (key - key.amax(dim=(2, 3), keepdim=True).detach()).exp()
-        if mask is not None:
-            key = key * mask[:, None, :, None]
-        output = query @ (key.transpose(2, 3) @ value.float())
-        total = query @ key.sum(dim=2)[..., None]
-        weights = (query @ key.transpose(2, 3) / total).to(value.dtype) if output_attentions else None
+        # float32, whatever autocast says: features are exponentials.
+        with torch.autocast(query.device.type, enabled=False):
+            features = self.draw_features() if self.training else self.features.float()
+            length = (self.max_temperature * self.temperature.float().sigmoid()).sqrt()[None, :, None, None]
+            # |x|^2 / 2 is the same for all and cancels.
+            query, key = (
+                length * nn.functional.normalize(states.float(), dim=-1) @ features.T for states in (query, key)
+            )
+            query = (query - query.amax(dim=-1, keepdim=True).detach()).exp()
+            key = (key - key.amax(dim=(2, 3), keepdim=True).detach()).exp()
+            if mask is not None:
+                key = key * mask[:, None, :, None]
+            output = query @ (key.transpose(2, 3) @ value.float())
+            total = query @ key.sum(dim=2)[..., None]
+            weights = (query @ key.transpose(2, 3) / total).to(value.dtype) if output_attentions else None
         return (output / total).to(value.dtype).transpose(1, 2).contiguous(), weights
 
 

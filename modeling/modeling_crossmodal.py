@@ -6,9 +6,7 @@ Letters: B batch, T_m tokens of modality m, D hidden_size, M modalities.
 Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
 """
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -210,12 +208,7 @@ class CrossModalPreTrainedModel(PreTrainedModel):
                     "encoder. Add the class to ENCODERS in encoders_crossmodal.py with a config of its own, or "
                     "save `model.state_dict()` for your own use."
                 )
-        super().save_pretrained(save_directory, *args, **kwargs)
-        # transformers copies the file of this class and what it imports; `auto_map` names every class of the family.
-        if self._auto_class is not None and kwargs.get("is_main_process", True):
-            for source in Path(__file__).parent.glob("*_crossmodal.py"):
-                if not (Path(save_directory) / source.name).exists():
-                    shutil.copy(source, save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -634,6 +627,13 @@ class CrossModalModel(CrossModalPreTrainedModel):
 
 def _full_mask(tokens, mask):
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
+
+
+def heads():
+    """The classes that build on the base. `auto_map` names them, and transformers saves what a file imports."""
+    from .classification_crossmodal import CrossModalForSequenceClassification, CrossModalForVQA
+
+    return CrossModalForVQA, CrossModalForSequenceClassification
 
 
 CrossModalModel.register_for_auto_class("AutoModel")

@@ -33,6 +33,11 @@ def test_a_variant_is_one_key_of_the_config(tmp_path):
     chosen = variants_of(run, ["hidden_dropout=0.5", "concat"])
     assert list(chosen) == ["full", "hidden_dropout=0.5", "concat"]
     assert chosen["hidden_dropout=0.5"].model["config"]["hidden_dropout"] == 0.5
+    several = "modality_dropout={vision: 0.2, text: 0.1} gate=none"
+    config = variants_of(run, [several])[several].model["config"]
+    assert config["modality_dropout"] == {"vision": 0.2, "text": 0.1} and config["gate"] == "none"
+    with pytest.raises(ValueError, match="the variant 'gate={a' has a value that is no YAML"):
+        variants_of(run, ["gate={a"])
     with pytest.raises(ValueError, match="'conct' is no variant. Expected some of \\['concat'"):
         variants_of(run, ["conct"])
 
@@ -131,9 +136,10 @@ def test_a_sweep_may_also_score_rows_that_lack_a_modality(tmp_path):
     assert full["missing"].keys() == dropped["missing"].keys() == {"vision", "text"} and "missing" not in alone
     assert full["missing"]["vision"]["loss"] == pytest.approx(full["mean"] - full["missing"]["vision"]["mean"])
     text = (tmp_path / "sweep" / "ablation.md").read_text()
-    assert "| modality_dropout=0.4 missing_tokens=true | vision |" in text
+    assert "| modality_dropout=0.4 missing_tokens=true | vision |" in text and "missing in 100% of rows" in text
+    assert "vqa_accuracy, vision missing" in (tmp_path / "sweep" / "ablation.csv").read_text()
     # From cached tokens, the same rows lose the same.
     cached = recipe(tmp_path / "cached", token_cache=True, model=run.model | {"freeze": ["vision", "text"]})
     plain = recipe(tmp_path / "plain", model=run.model | {"freeze": ["vision", "text"]})
-    scores = [ablate(r, [], 1, color_rows(24), color_rows(12), missing_rate=0.5)[0] for r in (cached, plain)]
+    scores = [ablate(r, ["full"], 1, color_rows(24), color_rows(12), missing_rate=0.5)[0] for r in (cached, plain)]
     assert scores[0]["missing"] == scores[1]["missing"]

@@ -134,3 +134,21 @@ def test_explain_draws_one_answer_or_tests_by_deletion(model, world, capsys):
 def test_benchmark_of_an_unknown_size_is_refused(capsys):
     assert run("benchmark", "--size", "huge") == 2
     assert "Expected one of ['base', 'tiny']" in capsys.readouterr().err
+
+
+def test_benchmark_of_kernels_prints_table_growth_and_errors(monkeypatch, capsys):
+    from crossmodal.training import benchmark
+
+    real = benchmark.kernels
+    monkeypatch.setattr(benchmark, "kernels", lambda write: real(lengths=(64, 128), device="cpu", write=write))
+    monkeypatch.setattr(benchmark, "feature_errors", lambda: {"exact output": 0.03, 64: 0.01})
+    assert run("benchmark", "--kernels", "--json") == 0
+    printed = capsys.readouterr()
+    assert {row["kernel"] for row in json.loads(printed.out.splitlines()[-1])["kernels"]} >= {
+        "exact",
+        "window",
+        "linear",
+    }
+    assert "linear: time grows with the power" in printed.err
+    assert run("benchmark", "seed=1") == 2
+    assert "Name one with --cached RECIPE or --train RECIPE" in capsys.readouterr().err

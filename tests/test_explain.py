@@ -7,6 +7,7 @@ from crossmodal.modeling.fusion_crossmodal import FUSIONS
 from crossmodal.training.explain import attention_across, deletion_test, explain, removable, without
 from crossmodal.training.pictures import explanation_picture
 from PIL import Image
+from test_encoders import compose
 from test_pipeline import picture, tiny_processor_and_model
 
 from crossmodal import (
@@ -84,7 +85,9 @@ def test_the_same_seed_gives_the_same_table_and_batches_do_not_matter(finder):
         for size in (20, 20, 7)
     ]
     assert tables[0] == tables[1]
+    # What is drawn at random depends on the batches; what attention says does not.
     assert tables[0]["drop"] == pytest.approx(tables[2]["drop"], abs=1e-5)
+    assert deletion_test(model, processor, samples[:1], "signal", (0.25,), progress=False)[0]["error"] == 0
 
 
 @pytest.mark.parametrize("fusion_type", FUSIONS)
@@ -94,8 +97,9 @@ def test_maps_between_modalities_under_every_operator(fusion_type):
     with torch.no_grad():
         output = model(**batch, output_attentions=True)
     if fusion_type == "concat":
-        with pytest.raises(ValueError, match="fusion_type='concat' attends to nothing"):
-            attention_across(model, output)
+        assert attention_across(model, output) == {}
+        with pytest.raises(ValueError, match="nothing attends to 'vision' in this model .fusion_type='concat'"):
+            deletion_test(model, processor, [{"images": picture(), "text": "what?"}], "vision", progress=False)
         return
     maps = attention_across(model, output)
     words, patches = batch["input_ids"].shape[1], np.prod(output.token_grids["vision"])
@@ -107,8 +111,8 @@ def test_maps_between_modalities_under_every_operator(fusion_type):
 
 
 @pytest.mark.parametrize("bottleneck", ["exchange", "resample"])
-def test_maps_through_latents_say_what_a_change_of_the_other_modality_does(bottleneck):
-    """Where the composed map is zero, nothing flows: patches of a masked image move no word."""
+def test_maps_through_latents_are_products_of_reading_and_collecting(bottleneck):
+    """Tokens read what latents collected: in the same layer, or in the one before."""
     processor, model = tiny_processor_and_model(fusion_type="bottleneck", bottleneck=bottleneck, num_fusion_layers=2)
     batch = processor(images=[picture()], text=["what color is this?"])
     with torch.no_grad():
@@ -169,11 +173,56 @@ def test_sequences_are_drawn_over_time(finder, tmp_path):
     assert Image.open(tmp_path / "out.png").size[0] > 400
 
 
-def test_rows_without_a_modality_and_spectrograms_are_refused():
+def test_rows_without_a_modality_spectrograms_and_regression_are_refused():
     processor, model = tiny_processor_and_model()
     samples = [{"images": picture(), "text": "what?"}, {"images": None, "text": "what?"}]
     with pytest.raises(ValueError, match="some rows lack a modality"):
         deletion_test(model, processor, samples, "vision", progress=False)
+    listener, _, batch = compose("audio-spectrogram-transformer")
+    with pytest.raises(ValueError, match="its tokens are no parts of the input"):
+        without(listener, batch, "audio", torch.ones(2, 5, dtype=torch.bool), None)
+    model.config.problem_type = "regression"
     with pytest.raises(ValueError, match="problem_type='regression' has no probability"):
-        model.config.problem_type = "regression"
         explain(model, processor, text="what?")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"fusion_type": "concat"},
+        {"fusion_queries": ["text"]},
+        {"fusion_queries": ["text"], "gate": "closed"},
+        {"fusion_type": "mutual"},
+        {"fusion_type": "bottleneck", "bottleneck": "resample"},
+    ],
+    ids=str,
+)
+def test_an_answer_is_drawn_whatever_looks_at_what_and_whatever_is_given(overrides, tmp_path):
+    processor, model = tiny_processor_and_model(num_fusion_layers=2, **overrides)
+    model = model.to(torch.bfloat16)
+    for inputs in ({"images": picture(), "text": "what color?"}, {"vision": picture()}, {"text": "what color?"}):
+        record = explain(model, processor, **inputs)
+        explanation_picture(record, tmp_path / "out.png")
+        assert record["answers"][0][1] > 0
+
+
+def test_silence_at_the_end_of_sound_is_no_part_to_remove():
+    model, _, batch = compose("wav2vec2")
+    values = batch["input_values"]
+    mask = torch.ones_like(values, dtype=torch.bool)
+    mask[1, values.shape[1] // 4 :] = False
+    with torch.no_grad():
+        length = model.base_model.encode_tokens("audio", values, mask)[0].shape[1]
+    free = removable(model, None, {**batch, "audio_attention_mask": mask}, "audio", length, None, "cpu")
+    assert free[0].all() and 0 < free[1].sum() < 0.35 * length
+
+
+def test_words_are_those_that_the_model_saw_and_unknown_ones_count():
+    processor, model = tiny_processor_and_model()
+    processor.modalities[1]["max_tokens"] = 4
+    record = explain(model, processor, images=picture(), text="what color is this?")
+    assert [places for _, places in record["words"]["text"]] == [[1], [2]]
+    batch = processor(images=[picture()], text=["what zebra"])
+    assert (batch["input_ids"] == processor.tokenizer.unk_token_id).sum() == 1
+    free = removable(model, processor, batch, "text", batch["input_ids"].shape[1], None, "cpu")
+    assert free.sum() == 2

@@ -137,6 +137,14 @@ head, info = AutoModelForVisualQuestionAnswering.from_pretrained(sys.argv[1], tr
 print(type(head).__name__, {key.split(".")[0] for key in info["missing_keys"]})
 """
     assert run_as_stranger(script, tmp_path / "base", cwd=tmp_path).strip() == "CrossModalForVQA {'classifier'}"
+    # And so does one that a stranger saved again.
+    resave = """
+import sys
+from transformers import AutoModel
+AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(sys.argv[1] + "/../again")
+"""
+    run_as_stranger(resave, tmp_path / "base", cwd=tmp_path)
+    assert run_as_stranger(script, tmp_path / "again", cwd=tmp_path).strip() == "CrossModalForVQA {'classifier'}"
 
 
 def test_auto_classes_find_the_family_once_the_package_is_imported(tmp_path):

@@ -228,6 +228,7 @@ def test_dataset_has_the_columns_of_a_hub_vqa_set_and_the_pixels_of_the_rows():
         ({"num_images": 1, "split": "dev"}, "split='dev' is unknown"),
         ({"num_images": 0}, "num_images=0"),
         ({"num_images": 1, "questions_per_image": 8}, "questions_per_image=8"),
+        ({"num_images": 1, "kinds": ("plce",)}, "kinds has .'plce'."),
     ],
 )
 def test_bad_arguments_are_named_with_what_is_expected(arguments, message):

@@ -4,6 +4,7 @@ import copy
 import csv
 import hashlib
 import json
+import re
 import shutil
 import statistics
 from dataclasses import asdict, replace
@@ -49,7 +50,8 @@ def variants_of(recipe, chosen=None):
         ValueError: for a name that there is not.
     """
     encoders, config = encoders_and_config(recipe)
-    recipe = replace(recipe, warm_up=[_as_in_full(stage, config) for stage in recipe.warm_up])
+    also = [key for name in chosen or () if "=" in name for key in _change_of(name)]
+    recipe = replace(recipe, warm_up=[_as_in_full(stage, config, also) for stage in recipe.warm_up])
     alone = {f"{name} alone": name for name in encoders} if len(encoders) > 1 else {}
     found = {}
     for name in dict.fromkeys(["full", *(chosen or [*VARIANTS, *alone])]):
@@ -57,7 +59,7 @@ def variants_of(recipe, chosen=None):
             found[name] = _with_only(recipe, encoders, config, alone[name])
             continue
         if "=" in name:
-            change = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in name.split())}
+            change = _change_of(name)
         elif name in VARIANTS:
             change = VARIANTS[name]
         else:
@@ -70,12 +72,27 @@ def variants_of(recipe, chosen=None):
     return found
 
 
-def _as_in_full(stage, config):
+def _change_of(name):
+    """{key: value} of `key=value`, or of several with spaces between."""
+    change = {}
+    for item in re.split(r"\s+(?=\w+=)", name.strip()):
+        key, _, value = item.partition("=")
+        try:
+            change[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"the variant {item!r} has a value that is no YAML. Expected for example {key}=0.5."
+            ) from error
+    return change
+
+
+def _as_in_full(stage, config, also):
     """A stage that trains a model of its own, made independent of what the variants change: all start from the same."""
     if not {"modalities", "config"} & stage.keys():
         return stage
-    changed = {key for change in VARIANTS.values() for key in change}
-    fixed = {key: config.get(key, getattr(CrossModalConfig, key)) for key in sorted(changed)}
+    changed = {key for change in VARIANTS.values() for key in change} | set(also)
+    known = {key for key in changed if key in config or hasattr(CrossModalConfig, key)}
+    fixed = {key: config.get(key, getattr(CrossModalConfig, key, None)) for key in sorted(known)}
     return {**stage, "config": {**fixed, **stage.get("config", {})}}
 
 
@@ -130,7 +147,7 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missin
             bar.update()
             bar.write(f"{name}, seed {seed}: {metric} {results[name, seed]['metrics'][metric]:.4f}")
     table = summarise(results, list(variants), range(recipe.seed, recipe.seed + seeds), metric)
-    _write_reports(folder, recipe, results, table, metric)
+    _write_reports(folder, recipe, results, table, metric, missing_rate)
     return table
 
 
@@ -179,7 +196,9 @@ def _score_with_missing(run, result, eval_rows, rate):
     whole = RowDataset(some_of(rows, run.max_eval_rows, run.seed), run.task)
     samples = with_cached_tokens(run, model, processor, {"evaluation": whole}, lambda line: None)["evaluation"]
     task, found = task_of(model), {}
-    for name in arguments:
+    for name, argument in arguments.items():
+        if argument not in whole.adapter.inputs:
+            continue
         data = CorruptedDataset(samples, name, arguments, None, rate)
         scores = task.score(predict_logits(model, processor, data, progress=False), whole.targets)
         found[name] = scores[task.main_metric]
@@ -216,7 +235,7 @@ def summarise(results, variants, seeds, metric):
     return table
 
 
-def as_markdown(table, metric):
+def as_markdown(table, metric, missing_rate=None):
     """The table of `ablate` as Markdown, in per cent."""
     lines = [f"| variant | {metric} (%) | against full, paired | runs | parameters |", "|---|---|---|---|---|"]
     for row in table:
@@ -227,31 +246,37 @@ def as_markdown(table, metric):
         )
     missing = [(row["variant"], name, of) for row in table for name, of in row.get("missing", {}).items()]
     if missing:
-        lines += ["", f"| variant | missing | {metric} (%) | points lost |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"| variant | missing in {missing_rate:.0%} of rows | {metric} (%) | points lost |",
+            "|---|---|---|---|",
+        ]
     for variant, name, of in missing:
         lost = f"{100 * of['loss']:.2f} ± {100 * of['deviation']:.2f}"
         lines.append(f"| {variant} | {name} | {100 * of['mean']:.2f} | {lost} |")
     return "\n".join(lines)
 
 
-def _write_reports(folder, recipe, results, table, metric):
+def _write_reports(folder, recipe, results, table, metric, missing_rate):
     """`ablation.md`, `ablation.csv` (every run) and `ablation.png`."""
     from .plots import ablation_plot
 
     first = next(iter(results.values()))
     (folder / "ablation.md").write_text(
         f"# {recipe.name}: {Path(recipe.dataset).name}, {recipe.eval_split}, {first['eval_rows']:,} rows\n\n"
-        f"{as_markdown(table, metric)}\n\nMean and sample deviation over seeds. Most common answer: "
+        f"{as_markdown(table, metric, missing_rate)}\n\nMean and sample deviation over seeds. Most common answer: "
         f"{100 * first['majority'][metric]:.2f} %.\n"
     )
     with open(folder / "ablation.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
             ["variant", "seed", *first["metrics"], "minutes", "epochs", "parameters", "trainable_parameters"]
+            + [f"{metric}, {name} missing" for name in first.get("missing", ())]
         )
         for (name, seed), result in results.items():
             numbers = [result[key] for key in ("minutes", "epochs", "parameters", "trainable_parameters")]
-            writer.writerow([name, seed, *result["metrics"].values(), *numbers])
+            missing = [(result.get("missing") or {}).get(modality, "") for modality in first.get("missing", ())]
+            writer.writerow([name, seed, *result["metrics"].values(), *numbers, *missing])
     ablation_plot(table, results, metric, first["majority"][metric], folder / "ablation.png")
 
 

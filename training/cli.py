@@ -1,4 +1,4 @@
-"""The command line: `crossmodal train | evaluate | predict | ablate | robustness | demo`.
+"""The command line: `crossmodal train | evaluate | predict | explain | ablate | benchmark | robustness | demo`.
 
 Bad input ends with one line on standard error and exit code 2; a fault of ours with its traceback and exit code 1.
 """
@@ -101,7 +101,10 @@ def explain(
     image: Annotated[str | None, typer.Option(help="Path of an image.")] = None,
     text: Annotated[str | None, typer.Option(help="The question.")] = None,
     array: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE.npy for sound (`audio`) or a modality of features.")
+        list[str] | None,
+        typer.Option(
+            help="NAME=FILE.npy for sound (`audio`, at the model's sampling rate) or a modality of features."
+        ),
     ] = None,
     word: Annotated[list[str] | None, typer.Option(help="Word with a panel of its own; may be given again.")] = None,
     output: Annotated[str, typer.Option(help="Picture to write.")] = "explanation.png",
@@ -119,10 +122,14 @@ def explain(
     inputs = {name: value for name, value in inputs.items() if value is not None}
     if (dataset is None) == (not inputs):
         raise ValueError(
-            "nothing to explain. Pass --image FILE, --text '...', --array NAME=FILE.npy, or else --dataset."
+            "nothing to explain, or two things. Pass --image FILE, --text '...', --array NAME=FILE.npy, or else --dataset."
         )
     _quiet()
     loaded, processor = _load(model)
+    for name in loaded.config.modality_names:
+        if loaded.config.modality_settings[name]["type"] == "audio":
+            for key in {name, processor.argument_of(name)} & inputs.keys():
+                inputs[key] = {"array": inputs[key], "sampling_rate": processor.feature_extractor.sampling_rate}
     if dataset is None:
         from .explain import explain as run
         from .pictures import explanation_picture
@@ -141,7 +148,15 @@ def explain(
 
     samples = RowDataset(some_of(load_rows(dataset, split, limit), limit, seed), name_of(task_of(loaded)))
     names = loaded.config.modality_names
-    tables = {name: deletion_test(loaded, processor, samples, name, seed=seed) for name in names}
+    tables = {}
+    for name in names:
+        try:
+            tables[name] = deletion_test(loaded, processor, samples, name, seed=seed)
+        except ValueError as error:
+            # What one modality does not allow, another may.
+            _note(f"{name}: {error}")
+    if not tables:
+        raise ValueError("no modality of this model can be tested by deletion; the lines above say why.")
     rows = {
         f"{name}, {row['fraction']:.0%} removed": {key: row[key] for key in row if key != "fraction"}
         for name, table in tables.items()
@@ -190,7 +205,7 @@ def ablate(
     from .tasks import TASKS
 
     table = run(loaded, variant, seeds, missing_rate=missing)
-    print(as_markdown(table, TASKS[loaded.task].main_metric))
+    print(as_markdown(table, TASKS[loaded.task].main_metric, missing))
     _note(f"table, runs and plot: {loaded.output_dir}/ablation.md, .csv, .png")
     if as_json:
         _print_json(table)
@@ -378,9 +393,15 @@ def _print_table(title, rows):
     for name in names:
         table.add_column(name, justify="right")
     for label, row in rows.items():
-        table.add_row(label, *(f"{row[name]:.3f}" if name in row else "" for name in names))
+        table.add_row(label, *(_cell(row.get(name, "")) for name in names))
     # Where nobody says how wide it is (a file, a pipe), names are worth more than a short line.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _cell(value):
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str("" if value is None else value)
 
 
 def _print_json(value):

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..modeling.encoders_crossmodal import audio_token_mask
 from .collator import SampleCollator
 
 
@@ -21,21 +22,14 @@ def attention_across(model, output):
         output: of a forward with `output_attentions=True`.
 
     Returns:
-        {"m<-n": (B,T_m,T_n)}, with m = n where the operator attends within a modality.
-
-    Raises:
-        ValueError: for an operator that attends to nothing.
+        {"m<-n": (B,T_m,T_n)} float32, with m = n where the operator attends within a modality; empty where nothing is
+        attended to, as in `concat`.
     """
     layers = output.cross_attentions or ()
     found = {}
     for index, layer in enumerate(layers):
         for pair, weights in _through_latents(layer, layers[index - 1] if index else {}, model.config).items():
-            found.setdefault(pair, []).append(weights.mean(dim=1))
-    if not found:
-        raise ValueError(
-            f"fusion_type={model.config.fusion_type!r} attends to nothing, so there is nothing to show. Expected 'cross', "
-            "'joint', 'interlaced', 'mutual' or 'bottleneck'."
-        )
+            found.setdefault(pair, []).append(weights.float().mean(dim=1))
     return {pair: torch.stack(weights).mean(dim=0) for pair, weights in found.items()}
 
 
@@ -62,9 +56,11 @@ def relevance(model, batch, name, maps):
         batch: that the model took. name: of a modality. maps: of `attention_across`.
 
     Returns:
-        (B,T_n).
+        (B,T_n), or None where nothing attends to it.
     """
     names = [n for n in model.config.modality_names if n != name and f"{n}<-{name}" in maps]
+    if not names and f"{name}<-{name}" not in maps:
+        return None
     total = 0
     for other in names or [name]:
         weights = maps[f"{other}<-{name}"]
@@ -79,6 +75,8 @@ def token_mask(model, batch, name, length, device):
     key = model.config.input_keys(name)[1]
     mask = batch.get(key) if key else None
     rows = len(next(iter(batch.values())))
+    if mask is not None and model.config.modality_settings[name]["type"] == "audio":
+        mask = audio_token_mask(model.base_model.encoders[name], mask.bool(), length)
     if mask is None or mask.shape[1] != length:
         return torch.ones(rows, length, dtype=torch.bool, device=device)
     return mask.bool()
@@ -91,7 +89,9 @@ def removable(model, processor, batch, name, length, grid, device):
     if grid is not None:
         found[:, : length - grid[0] * grid[1]] = False
     if model.config.modality_settings[name]["type"] == "text":
-        special = torch.tensor(processor.tokenizer.all_special_ids, device=device)
+        # An unknown word is a word.
+        ids = set(processor.tokenizer.all_special_ids) - {processor.tokenizer.unk_token_id}
+        special = torch.tensor(sorted(ids), device=device)
         found &= ~torch.isin(batch[key], special)
     return found
 
@@ -113,7 +113,7 @@ def without(model, batch, name, chosen, grid):
         cells = chosen[:, -grid[0] * grid[1] :].view(-1, 1, *grid).float()
         cells = torch.nn.functional.interpolate(cells, size=values.shape[-2:], mode="nearest").bool()
         return {**batch, values_key: torch.where(cells, values.mean(dim=(2, 3), keepdim=True), values)}
-    if mask_key and kind in ("text", "features"):
+    if mask_key and kind in ("text", "features") and chosen.shape[1] == values.shape[1]:
         return {**batch, mask_key: token_mask(model, batch, name, chosen.shape[1], chosen.device) & ~chosen}
     if kind == "audio" and values.dim() == 2:
         parts = torch.nn.functional.interpolate(chosen[:, None].float(), size=values.shape[1], mode="nearest")[:, 0]
@@ -153,6 +153,11 @@ def deletion_test(
         with torch.no_grad():
             output = model(**batch, output_attentions=True)
         score = relevance(model, batch, name, attention_across(model, output))
+        if score is None:
+            raise ValueError(
+                f"nothing attends to {name!r} in this model (fusion_type={model.config.fusion_type!r}, gate="
+                f"{model.config.gate!r}, fusion_queries={model.config.fusion_queries}): there is nothing to test."
+            )
         grid = (output.token_grids or {}).get(name)
         free = removable(model, processor, batch, name, score.shape[1], grid, score.device)
         before = probabilities(model, output.logits)
@@ -175,7 +180,8 @@ def deletion_test(
     table = []
     for fraction in fractions:
         dropped, flipped = torch.cat(drops[fraction], dim=1), torch.cat(changed[fraction], dim=1)
-        error = (dropped[0] - dropped[1]).std().item() / dropped.shape[1] ** 0.5
+        rows = dropped.shape[1]
+        error = (dropped[0] - dropped[1]).std().item() / rows**0.5 if rows > 1 else 0.0
         names = ("drop", "drop_random", "changed", "changed_random")
         means = [*dropped.mean(dim=1).tolist(), *flipped.mean(dim=1).tolist()]
         table.append({"fraction": fraction, **dict(zip(names, means, strict=True)), "error": error})
@@ -211,12 +217,8 @@ def explain(model, processor, top_k=3, **inputs):
     order = scores.argsort(descending=True)[:top_k].tolist()
     maps = attention_across(model, output)
     present = [name for name in model.config.modality_names if name in output.modality_tokens]
-    weights = {
-        name: relevance(model, batch, name, maps)[0].cpu().numpy()
-        for name in present
-        if len(present) > 1 or f"{name}<-{name}" in maps
-    }
-    given = {name: inputs[processor.argument_of(name)] for name in present}
+    weights = {name: relevance(model, batch, name, maps) for name in present}
+    given = {name: inputs.get(processor.argument_of(name), inputs.get(name)) for name in present}
     return {
         "inputs": given,
         "types": {name: model.config.modality_settings[name]["type"] for name in present},
@@ -231,7 +233,7 @@ def explain(model, processor, top_k=3, **inputs):
             for name in present
         },
         "grids": dict(output.token_grids or {}),
-        "token_weights": weights,
+        "token_weights": {name: found[0].cpu().numpy() for name, found in weights.items() if found is not None},
     }
 
 
@@ -239,7 +241,8 @@ def _words(processor, model, name, text, length):
     """[(word, places of its tokens)] of a text whose first `length` tokens the model saw; None for what is no text."""
     if model.config.modality_settings[name]["type"] != "text":
         return None
-    encoded = processor.tokenizer(text)
+    limit = next(modality.get("max_tokens") for modality in processor.modalities if modality["name"] == name)
+    encoded = processor.tokenizer(text, truncation=limit is not None, max_length=limit)
     if not encoded.is_fast:
         special, ids = set(processor.tokenizer.all_special_ids), encoded["input_ids"][:length]
         return [(processor.tokenizer.decode([i]), [place]) for place, i in enumerate(ids) if i not in special]
@@ -255,7 +258,7 @@ def _updates(model):
     """Collects, per fusion layer, the size of each gated update beside the stream that it is added to.
 
     Yields a list that the forward fills with {"m<-n": mean over tokens of |update| / |stream|}; it stays empty for
-    operators without gates.
+    operators whose streams do not look at each other through gates.
     """
     collected, handles = [], []
 
@@ -279,7 +282,7 @@ def _updates(model):
         def finish(module, given, result):
             pairs = [pair for pair in result[1] if "<-" in pair and len(set(pair.split("<-"))) == 2]
             sizes = iter([size for name in result[0] for size in found.get(name, [])])
-            collected.append(dict(zip(pairs, sizes, strict=False)))
+            collected.append(dict(zip(pairs, sizes, strict=True)))
 
         handles.append(layer.register_forward_hook(finish))
 

@@ -189,7 +189,9 @@ def _on_grid(seen: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _as_image(value: Any) -> Image.Image:
-    return value.convert("RGB") if isinstance(value, Image.Image) else Image.open(value).convert("RGB")
+    from ..processing.processing_crossmodal import read_image
+
+    return read_image(value, "the image")  # as the model saw it, turned by its EXIF data
 
 
 def _shape_of(value: Any) -> float:

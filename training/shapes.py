@@ -1,7 +1,7 @@
 """A drawn world for small models: colored shapes on light paper, and balanced questions about them.
 
 Every kind of question has its answers in equal numbers, and so has every wording as far as scenes allow. A
-model that reads only the question stays near 1 / (answers of that kind): what it scores above, it has seen.
+model that reads only the question stays near 1 / (answers that its words allow): what it scores above, it has seen.
 """
 
 import io
@@ -221,6 +221,8 @@ def draw_rows(
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown. Expected one of {SPLITS}. Correct the name.")
+    if unknown := set(kinds) - set(KINDS):
+        raise ValueError(f"kinds has {sorted(unknown)}. Expected some of {KINDS}. Correct the name.")
     if num_images < 1 or not 1 <= questions_per_image <= len(KINDS):
         raise ValueError(
             f"Got num_images={num_images}, questions_per_image={questions_per_image}. Expected at least one "
