@@ -339,8 +339,8 @@ def robustness(
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder to write.")] = "outputs/demo",
-    images: Annotated[int, typer.Option(min=16, help="Images of the training world.")] = 4500,
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    images: Annotated[int, typer.Option(min=16, help="Images of the training world.")] = 3600,
+    epochs: Annotated[int, typer.Option(min=1)] = 2,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: _JSON = False,
 ):

@@ -88,9 +88,9 @@ def find_adapter(columns, task):
 
 
 def _drawn_shapes(split, rows):
-    from .shapes import KINDS, shapes_dataset
+    from .shapes import QUESTIONS_PER_IMAGE, shapes_dataset
 
-    return shapes_dataset(-(-rows // len(KINDS)), split)
+    return shapes_dataset(-(-rows // QUESTIONS_PER_IMAGE), split)
 
 
 def _drawn_simple_shapes(split, rows):

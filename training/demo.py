@@ -14,7 +14,7 @@ from .datasets import RowDataset
 from .evaluate import predict_logits, task_of
 from .publish import export_folder
 from .recipes import Recipe
-from .shapes import IMAGE_SIZE, KINDS, SIMPLE_KINDS, shapes_dataset
+from .shapes import IMAGE_SIZE, KINDS, QUESTIONS_PER_IMAGE, SIMPLE_KINDS, shapes_dataset
 from .train import train
 
 
@@ -46,12 +46,12 @@ _SEEING = {"num_train_epochs": 4, "per_device_train_batch_size": 24, "learning_r
 _SIMPLE = {"num_train_epochs": 2}
 
 
-def demo(output="outputs/demo", images=4500, epochs=3, seed=0, write=print):
+def demo(output="outputs/demo", images=3600, epochs=2, seed=0, write=print):
     """Trains the `tiny` preset on the drawn world and shows what it learnt.
 
     Args:
         output: becomes a Hub folder, with `answers.png` beside the weights.
-        images: of the training world, each with up to seven questions. epochs: over them. seed: of world and weights.
+        images: of the training world, each with up to nine questions. epochs: over them. seed: of world and weights.
         write: takes each line of report.
 
     Returns:
@@ -125,7 +125,7 @@ def _recipe(name, change, folder, scratch, images, epochs, seed):
         dataset="drawn:shapes",
         output_dir=str(folder),
         seed=seed,
-        rows_per_image=len(KINDS),
+        rows_per_image=QUESTIONS_PER_IMAGE,
         model={"encoders": encoders, "config": config, "freeze": ["vision"] if "vision" in encoders else []},
         processor={"image_size": [IMAGE_SIZE, IMAGE_SIZE], "tokenizer": "train"},
         token_cache=str(scratch / "tokens") if "vision" in encoders else None,

@@ -50,6 +50,10 @@ _CORNERS = {
     "triangle": ((0.0, -1.0), (0.9, 0.62), (-0.9, 0.62)),
 }
 
+# Asked once more on the same image, after one question of each kind: two looks and a comparison take most examples to learn.
+_FURTHER = ("relation", "relation")
+QUESTIONS_PER_IMAGE = len(KINDS) + len(_FURTHER)
+
 # What a question may call a thing, from each of which its phrases are drawn evenly.
 _PHRASES = {
     "shape": SHAPES,
@@ -201,7 +205,7 @@ def _tallies(question: Question) -> tuple[tuple, ...]:
 
 def draw_rows(
     num_images: int,
-    questions_per_image: int = len(KINDS),
+    questions_per_image: int = QUESTIONS_PER_IMAGE,
     split: str = "train",
     seed: int = 0,
     kinds: tuple[str, ...] = KINDS,
@@ -210,8 +214,8 @@ def draw_rows(
 
     Args:
         num_images: how many images to draw. Splits never share one, whatever their sizes.
-        questions_per_image: at most this many questions on an image, each of another kind (fewer where a
-            scene allows fewer: one thing alone has no relation).
+        questions_per_image: at most this many questions on an image, one of each kind and then more of relation (fewer
+            where a scene allows fewer: one thing alone has no relation).
         split: "train", "validation" or "test".
         seed: another seed draws another world.
         kinds: of questions, some of `KINDS`.
@@ -223,10 +227,10 @@ def draw_rows(
         raise ValueError(f"split={split!r} is unknown. Expected one of {SPLITS}. Correct the name.")
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"kinds has {sorted(unknown)}. Expected some of {KINDS}. Correct the name.")
-    if num_images < 1 or not 1 <= questions_per_image <= len(KINDS):
+    if num_images < 1 or not 1 <= questions_per_image <= QUESTIONS_PER_IMAGE:
         raise ValueError(
             f"Got num_images={num_images}, questions_per_image={questions_per_image}. Expected at least one "
-            f"image, and 1 to {len(KINDS)} questions on it, each of another kind. Correct the number."
+            f"image, and 1 to {QUESTIONS_PER_IMAGE} questions on it. Correct the number."
         )
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split),)))
     asked = Counter()
@@ -239,8 +243,11 @@ def draw_rows(
             if question.kind in kinds:
                 by_kind[question.kind].append(question)
         in_turn = sorted(by_kind, key=lambda kind: (asked[kind], rng.random()))
-        for kind in in_turn[:questions_per_image]:
+        for kind in [*in_turn, *(kind for kind in _FURTHER if kind in by_kind)][:questions_per_image]:
+            if not by_kind[kind]:
+                continue
             question = _least_asked(by_kind[kind], asked, rng)
+            by_kind[kind].remove(question)
             asked.update((kind, *_tallies(question)))
             text = rng.choice(_TEMPLATES[kind]).format(*question.words)
             row = {"image": image, "image_id": image_id, "question": text, "answer": question.answer}
@@ -252,7 +259,7 @@ def shapes_dataset(
     num_images: int,
     split: str = "train",
     seed: int = 0,
-    questions_per_image: int = len(KINDS),
+    questions_per_image: int = QUESTIONS_PER_IMAGE,
     kinds: tuple[str, ...] = KINDS,
 ) -> "Dataset":
     """The rows of `draw_rows` as a `datasets.Dataset`, with the columns that a VQA set from the Hub has."""
