@@ -43,7 +43,7 @@ _TRAINING = {
 
 
 _SEEING = {"num_train_epochs": 4, "per_device_train_batch_size": 24, "learning_rate": 3.0e-3}
-_SIMPLE = {"num_train_epochs": 2}
+_SIMPLE = {"num_train_epochs": 3}
 
 
 def demo(output="outputs/demo", images=3600, epochs=2, seed=0, write=print):
