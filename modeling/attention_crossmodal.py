@@ -58,9 +58,12 @@ class MultiHeadAttention(Attention):
         if as_key:
             self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
 
-    def project_key_value(self, tokens):
-        """tokens (B,Tk,D) to keys and values, each (B,h,Tk,d)."""
-        return self.split_heads(self.k_proj(tokens)), self.split_heads(self.v_proj(tokens))
+    def project_key_value(self, tokens, spread=None):
+        """tokens (B,Tk,D), or (U,Tk,D) of which `spread` makes (B,Tk,D), to keys and values, each (B,h,Tk,d)."""
+        key, value = self.k_proj(tokens), self.v_proj(tokens)
+        if spread is not None:
+            key, value = spread(key), spread(value)
+        return self.split_heads(key), self.split_heads(value)
 
     def forward(self, query, key_value, mask=None, output_attentions=False, query_mask=None):
         """query (B,Tq,D); key_value: what `project_key_value` returned; mask (B,Tk) bool, True for real keys, or None;

@@ -85,6 +85,7 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
             task_ids=task_ids,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            return_tokens=False,
             return_dict=True,
             **{key: value for key, value in named_inputs.items() if key != "return_dict"},
         )

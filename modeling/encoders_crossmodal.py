@@ -40,7 +40,8 @@ class EncodedModality:
     def spread(self, values):
         """Values (U,...) of the distinct inputs to the rows of the batch (B,...), 0 for rows that lack the modality."""
         if self.index is not None:
-            values = values[self.index]
+            # Its backward is many times as fast as that of values[index], which sorts.
+            values = values.index_select(0, self.index)
         if self.present is not None:
             values = values.masked_fill(~self.present.view(-1, *[1] * (values.dim() - 1)), 0)
         return values

@@ -2,12 +2,13 @@
 
 Every operator is a row of `FUSIONS` and keeps one contract:
 
-    forward(levels, masks, spread, output_attentions) -> (tokens, attentions)
+    forward(levels, masks, spread, output_attentions) -> (tokens, attentions, shared)
 
     levels      {modality: [tokens (U_m,T_m,D) for fusion layer 0, 1, ...]}, at width D with type and position in them
     spread      {modality: function from (U_m,...) to (B,...)} for modalities of which several rows share an input
     masks       {modality: (B,T_m) bool, True for real tokens, or None if all are}; an absent row has no True
-    tokens      {modality: (B,T_m,D)}
+    tokens      {modality: (B,T_m,D)}, or (U_m,T_m,D) of those in `shared`
+    shared      the part of `spread` whose modalities met no other: what rows share of them is still shared
     attentions  per layer {"m<-n": weights (B,h,T_m,T_n)}: how tokens of m attended to tokens of n
 
 Letters: B batch, U_m distinct inputs of modality m, T_m tokens of it, D hidden_size, M modalities, h heads.
@@ -117,14 +118,12 @@ class CrossFusionLayer(GradientCheckpointingLayer):
             normed = {
                 name: self.cross_norm[name](stream) for name, stream in streams.items() if name in self.cross_norm
             }
+            # Keys and values of an input that many rows look at are projected once.
             key_values = {
-                name: self.cross_attn[name].project_key_value(normed[name])
+                name: self.cross_attn[name].project_key_value(normed[name], (spread or {}).get(name))
                 for name in streams
                 if name in self.looked_at
             }
-            # Keys and values of an input that many rows look at are projected once.
-            for name in key_values.keys() & (spread or {}).keys():
-                key_values[name] = tuple(map(spread[name], key_values[name]))
             for name in streams:
                 for other, key_value in key_values.items():
                     if other == name or name not in self.gate:
@@ -190,8 +189,7 @@ class FusionOperator(nn.Module):
             for name, depths in levels.items()
         }
         tokens, attentions = self.run_layers(levels, masks, output_attentions, shared)
-        tokens = {name: self.norms[name](stream) for name, stream in tokens.items()}
-        return {n: shared[n](stream) if n in shared else stream for n, stream in tokens.items()}, tuple(attentions)
+        return {name: self.norms[name](stream) for name, stream in tokens.items()}, tuple(attentions), shared
 
     def run_layers(self, levels, masks, output_attentions, shared):
         """levels and masks as `forward` takes them, in rows of the batch but for those in `shared`."""

@@ -500,41 +500,52 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 masks[name] = place | (~absent[:, None] if masks[name] is None else masks[name])
         return levels, masks, spread
 
-    def fuse(self, levels, masks, presence, spread=None, output_attentions=False, task_ids=None):
+    def fuse(self, levels, masks, presence, shared=None, output_attentions=False, task_ids=None, return_tokens=True):
         """Cross-modal layers, pooling and modality weights.
 
-        levels and masks as `project` gives them; spread {modality: (U,...) to (B,...)} where several rows share an input.
-        Returns tokens {modality: (B,T_m,D)}, modality embeddings (B,M,D), weights (B,M), log variances (B,M) or None,
-        pooled (B,D), attentions.
+        levels and masks as `project` gives them; shared {modality: EncodedModality} where several rows share an input.
+        Returns tokens {modality: (B,T_m,D)} if wanted, else None, modality embeddings (B,M,D), weights (B,M), log variances
+        (B,M) or None, pooled (B,D), attentions.
         """
+        shared = shared or {}
+        spread = {name: item.spread for name, item in shared.items()}
         fused_levels, fused_masks = levels, masks
         if self.config.missing_tokens:
-            fused_levels, fused_masks, spread = self._stand_in(levels, masks, presence, spread or {})
-        tokens, attentions = self.fusion(fused_levels, fused_masks, spread, output_attentions)
+            fused_levels, fused_masks, spread = self._stand_in(levels, masks, presence, spread)
+        tokens, attentions, spread = self.fusion(fused_levels, fused_masks, spread, output_attentions)
         tokens = {name: tokens[name] for name in levels}
-        some = next(iter(tokens.values()))
-        pooled = [
-            self.poolings[name](tokens[name], masks[name])
-            if name in tokens
-            else some.new_zeros(len(some), some.shape[-1])
-            for name in self.config.modality_names
-        ]
-        embeddings = torch.stack(pooled, dim=1)
+        # What rows share to the end is pooled once for all of them.
+        pooled = {
+            name: spread[name](self.poolings[name](stream, shared[name].mask))
+            if name in spread
+            else self.poolings[name](stream, masks[name])
+            for name, stream in tokens.items()
+        }
+        embeddings = self._by_modality(pooled)
         weights, log_variances = self.weighting(embeddings, presence, task_ids)
         fused = 0
         for index, name in enumerate(self.config.modality_names):
             if name in tokens:
                 fused = fused + weights[:, index, None] * self.outputs[name](embeddings[:, index])
-        return tokens, embeddings, weights, log_variances, fused, attentions
+        if return_tokens:
+            tokens = {name: spread[name](stream) if name in spread else stream for name, stream in tokens.items()}
+        return tokens if return_tokens else None, embeddings, weights, log_variances, fused, attentions
 
-    def pool_unimodal(self, levels, masks, spread):
+    def _by_modality(self, vectors):
+        """{modality: (B,D)} of those present to (B,M,D), 0 for the absent."""
+        some = next(iter(vectors.values()))
+        return torch.stack([vectors.get(name, torch.zeros_like(some)) for name in self.config.modality_names], dim=1)
+
+    def pool_unimodal(self, levels, masks, shared):
         """Mean of each modality's deepest projected tokens, before any fusion. Arguments of `fuse`; returns (B,M,D)."""
-        pooled = {}
-        for name, depths in levels.items():
-            whole = spread[name](depths[-1]) if name in spread else depths[-1]
-            pooled[name] = masked_mean(whole, masks[name])
-        some = next(iter(pooled.values()))
-        return torch.stack([pooled.get(name, torch.zeros_like(some)) for name in self.config.modality_names], dim=1)
+        return self._by_modality(
+            {
+                name: shared[name].spread(masked_mean(depths[-1], shared[name].mask))
+                if name in shared
+                else masked_mean(depths[-1], masks[name])
+                for name, depths in levels.items()
+            }
+        )
 
     def _check_task_ids(self, task_ids):
         names = self.config.task_names
@@ -558,6 +569,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
         task_ids=None,
         output_attentions=None,
         output_hidden_states=None,
+        return_tokens=True,
         **named_inputs,
     ):
         """Any subset of modalities, by the input keys of their encoders.
@@ -576,6 +588,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
             task_ids: (B,) long, which of `config.task_names` each row is for.
             output_attentions: also return `cross_attentions`, under any attention backend.
             output_hidden_states: also return `modality_tokens`.
+            return_tokens: False leaves out `last_hidden_state` and `attention_mask`, for heads that read the rest.
 
         Returns:
             CrossModalOutput.
@@ -600,19 +613,22 @@ class CrossModalModel(CrossModalPreTrainedModel):
         self._check_task_ids(task_ids)
         encoded, presence = self.encode(self._collect_inputs(inputs, modality_mask), modality_mask)
         levels, masks = self.project(encoded)
-        spread = {
-            name: item.spread for name, item in encoded.items() if item.index is not None or item.present is not None
-        }
+        shared = {name: item for name, item in encoded.items() if item.index is not None or item.present is not None}
+        wanted = return_tokens or bool(output_hidden_states)
         tokens, embeddings, weights, log_variances, pooled, attentions = self.fuse(
-            levels, masks, presence, spread, bool(output_attentions), task_ids
+            levels, masks, presence, shared, bool(output_attentions), task_ids, wanted
         )
+        last_hidden_state, attention_mask = None, None
+        if return_tokens:
+            last_hidden_state = torch.cat(list(tokens.values()), dim=1)
+            attention_mask = torch.cat([_full_mask(tokens[name], masks[name]) for name in tokens], dim=1)
         return CrossModalOutput(
-            last_hidden_state=torch.cat(list(tokens.values()), dim=1),
-            attention_mask=torch.cat([_full_mask(tokens[name], masks[name]) for name in tokens], dim=1),
+            last_hidden_state=last_hidden_state,
+            attention_mask=attention_mask,
             pooler_output=pooled,
             modality_weights=weights,
             modality_embeddings=embeddings,
-            unimodal_embeddings=self.pool_unimodal(levels, masks, spread)
+            unimodal_embeddings=self.pool_unimodal(levels, masks, shared)
             if self.config.auxiliary_loss_weight
             else None,
             modality_log_variances=log_variances,

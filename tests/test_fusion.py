@@ -144,7 +144,7 @@ def test_an_operator_is_its_equation(name, names):
     layer_function, overrides = LAYERS[name]
     fusion = operator("bottleneck" if "bottleneck" in overrides else name, names, **overrides)
     levels, masks = streams(names)
-    tokens, _ = fusion(levels, masks)
+    tokens, *_ = fusion(levels, masks)
     for row, expected in enumerate(reference(fusion, layer_function, levels, masks)):
         for modality, values in expected.items():
             found = tokens[modality][row][masks[modality][row]]
@@ -165,13 +165,13 @@ def test_no_operator_was_forgotten():
 def test_a_gate_of_zero_leaves_the_unimodal_stream(fusion_type, overrides):
     fusion = operator(fusion_type, ("vision", "text"), gate="static", **overrides)
     levels, masks = streams(("vision", "text"))
-    open_gate, _ = fusion(levels, masks)
+    open_gate, *_ = fusion(levels, masks)
     for name, parameter in fusion.named_parameters():
         if ".gate." in name:
             parameter.zero_()
-    together, _ = fusion(levels, masks)
+    together, *_ = fusion(levels, masks)
     for name in levels:
-        alone, _ = fusion({name: levels[name]}, {name: masks[name]})
+        alone, *_ = fusion({name: levels[name]}, {name: masks[name]})
         torch.testing.assert_close(together[name], alone[name], rtol=0, atol=0)
         assert not torch.equal(together[name], open_gate[name])
 
@@ -218,9 +218,9 @@ def test_attention_maps_are_named_and_whole(name):
     overrides = LAYERS[name][1]
     fusion = operator("bottleneck" if "bottleneck" in overrides else name, **overrides)
     levels, masks = streams()
-    _, layers = fusion(levels, masks, output_attentions=True)
-    plain, _ = fusion(levels, masks)
-    tokens, _ = fusion(levels, masks, output_attentions=True)
+    _, layers, _ = fusion(levels, masks, output_attentions=True)
+    plain, *_ = fusion(levels, masks)
+    tokens, *_ = fusion(levels, masks, output_attentions=True)
     for modality in NAMES:
         torch.testing.assert_close(tokens[modality], plain[modality])
     for layer in layers:

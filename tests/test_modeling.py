@@ -386,6 +386,34 @@ def test_rows_that_share_an_input_may_give_it_once():
 
 
 @fusion_types
+@pytest.mark.parametrize("queries", [None, ["photo"]], ids=["all_look", "photo_looks"])
+def test_rows_that_share_a_padded_input_get_its_outputs_and_give_it_their_gradients(fusion_type, queries):
+    torch.manual_seed(0)
+    asked = {"fusion_queries": queries} if fusion_type == "cross" else {}
+    model = lively(
+        CrossModalForVQA(zoo.tiny_config(*NAMES, fusion_type=fusion_type, auxiliary_loss_weight=0.5, **asked))
+    ).eval()
+    batch = zoo.tiny_batch(model.config)
+    index = torch.tensor([1, 0, 1, 1])
+    values, mask = model.config.input_keys("text")
+    once = {**batch, values: batch[values][:2], mask: batch[mask][:2], f"{values}_index": index}
+    often = {**batch, values: batch[values][index], mask: batch[mask][index]}
+    presence = torch.tensor([[True, True, True], [True, False, True], [True, True, False], [True, True, True]])
+    results = []
+    for inputs in (once, often):
+        model.zero_grad()
+        output = model(**inputs, modality_mask=presence, labels=torch.tensor([0, 1, 2, 3]), output_hidden_states=True)
+        (output.loss + output.auxiliary_losses.sum()).backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append([output.logits, output.auxiliary_logits, output.modality_tokens["text"][[0, 2, 3]], gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    tokens = model.crossmodal(**once, modality_mask=presence)
+    assert tokens.last_hidden_state.shape[:2] == tokens.attention_mask.shape
+    assert model.crossmodal(**once, return_tokens=False).last_hidden_state is None
+
+
+@fusion_types
 def test_a_modality_by_itself_is_fused_once_for_all_rows_that_share_it(fusion_type):
     model = shared_model(fusion_type)
     images = zoo.tiny_batch(model.config)["pixel_values"]
