@@ -37,6 +37,10 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), weights
 
 
+# Tokens that a kernel for long inputs takes at a time.
+_CHUNK = 4096
+
+
 class ExactKernel(nn.Module):
     """softmax(Q K^T / sqrt(d)) V, by the backend that the config names (transformers' attention interface)."""
 
@@ -145,11 +149,22 @@ class WindowKernel(ExactKernel):
 
     def _in_blocks(self, query, key, value, mask, centres, ends, size, span):
         rows, heads, num_queries, width = query.shape
-        num_keys, device = key.shape[2], key.device
         blocks = -(-num_queries // size)
         padding = blocks * size - num_queries
         query = nn.functional.pad(query, (0, 0, 0, padding)).view(rows, heads, blocks, size, width)
         centres = torch.cat([centres, centres[:, -1:].expand(-1, padding)], dim=1).view(-1, blocks, size)
+        # Some blocks at a time: what they gather stays in the cache of the processor.
+        together = max(1, _CHUNK // span)
+        outputs = [
+            self._some_blocks(queries, key, value, mask, places, ends, span)
+            for queries, places in zip(query.split(together, dim=2), centres.split(together, dim=1), strict=True)
+        ]
+        return torch.cat(outputs, dim=1)[:, :num_queries]
+
+    def _some_blocks(self, query, key, value, mask, centres, ends, span):
+        """query (B,h,blocks,size,d), centres (1 or B,blocks,size). Returns (B,blocks*size,h,d)."""
+        rows, heads, blocks, size, width = query.shape
+        num_keys, device = key.shape[2], key.device
         keys = centres[..., :1] - self.window + torch.arange(span, device=device)  # (1 or B, blocks, span)
         # Those at the front that everybody sees come apart, and are not counted twice.
         front = torch.arange(min(self.global_tokens, num_keys), device=device)
@@ -175,7 +190,7 @@ class WindowKernel(ExactKernel):
             states.append(near.transpose(1, 2).flatten(0, 1))
         allowed = allowed.expand(rows, *allowed.shape[1:]).flatten(0, 1)[:, None]
         output, _ = self._attend(query.transpose(1, 2).flatten(0, 1), *states, allowed)
-        return output.view(rows, blocks * size, heads, width)[:, :num_queries]
+        return output.view(rows, blocks * size, heads, width)
 
 
 def _ends(mask, tokens):
@@ -222,19 +237,38 @@ class LinearKernel(nn.Module):
         # float32, whatever autocast says: features are exponentials.
         with torch.autocast(query.device.type, enabled=False):
             features = self.draw_features() if self.training else self.features.float()
-            length = (self.max_temperature * self.temperature.float().sigmoid()).sqrt()[None, :, None, None]
-            # |x|^2 / 2 is the same for all and cancels.
-            query, key = (
-                length * nn.functional.normalize(states.float(), dim=-1) @ features.T for states in (query, key)
-            )
-            query = (query - query.amax(dim=-1, keepdim=True).detach()).exp()
-            key = (key - key.amax(dim=(2, 3), keepdim=True).detach()).exp()
+            # The sum over keys is the last column.
+            content = nn.functional.pad(value.float(), (0, 1), value=1.0)
             if mask is not None:
-                key = key * mask[:, None, :, None]
-            output = query @ (key.transpose(2, 3) @ value.float())
-            total = query @ key.sum(dim=2)[..., None]
-            weights = (query @ key.transpose(2, 3) / total).to(value.dtype) if output_attentions else None
+                content = content * mask[:, None, :, None]
+            # A few thousand tokens at a time: their features stay in the cache of the processor.
+            summary = sum(
+                self._key_features(keys, features).transpose(2, 3) @ part
+                for keys, part in zip(key.split(_CHUNK, dim=2), content.split(_CHUNK, dim=2), strict=True)
+            )
+            output = torch.cat(
+                [self._query_features(queries, features) @ summary for queries in query.split(_CHUNK, dim=2)], dim=2
+            )
+            output, total = output[..., :-1], output[..., -1:]
+            weights = None
+            if output_attentions:
+                weights = self._query_features(query, features) @ self._key_features(key, features).transpose(2, 3)
+                weights = weights / total if mask is None else weights * mask[:, None, None] / total
+                weights = weights.to(value.dtype)
         return (output / total).to(value.dtype).transpose(1, 2).contiguous(), weights
+
+    def _projected(self, states, features):
+        """W x of queries or keys at their length; |x|^2 / 2 is the same for all and cancels."""
+        length = (self.max_temperature * self.temperature.float().sigmoid()).sqrt()[None, :, None, None]
+        return (length * nn.functional.normalize(states.float(), dim=-1)) @ features.T
+
+    def _key_features(self, key, features):
+        # No exponent is above sqrt(2) |w|: nothing overflows.
+        return self._projected(key, features).exp()
+
+    def _query_features(self, query, features):
+        projected = self._projected(query, features)
+        return (projected - projected.amax(dim=-1, keepdim=True).detach()).exp()
 
 
 class LatentsKernel(ExactKernel):
