@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .collator import SampleCollator
@@ -241,6 +241,8 @@ def fit(model, processor, task, train_dataset, eval_dataset, training, folder, r
     if eval_dataset is not None:
         _score_on(trainer, task, eval_dataset)
     trainer.remove_callback(ProgressCallback)
+    # With disable_tqdm, Trainer prints its raw logs instead.
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(QuietProgress())
     if checkpoint is not None:
         write(f"resuming from {checkpoint.name}.")
