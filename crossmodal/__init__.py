@@ -14,6 +14,7 @@ _EXPORTS = {
     "CrossModalModel": "modeling.modeling_crossmodal",
     "CrossModalForVQA": "modeling.classification_crossmodal",
     "CrossModalForSequenceClassification": "modeling.classification_crossmodal",
+    "CrossModalForRetrieval": "modeling.retrieval_crossmodal",
     "CrossModalProcessor": "processing.processing_crossmodal",
     "CrossModalVQAPipeline": "processing.pipeline_crossmodal",
     "CrossModalTrainer": "training.trainer",
@@ -27,6 +28,7 @@ _AUTO_CLASSES = {
     "AutoModel": "CrossModalModel",
     "AutoModelForVisualQuestionAnswering": "CrossModalForVQA",
     "AutoModelForSequenceClassification": "CrossModalForSequenceClassification",
+    "AutoModelForZeroShotImageClassification": "CrossModalForRetrieval",
 }
 HEADS = tuple(head for head in _AUTO_CLASSES.values() if head != "CrossModalModel")
 

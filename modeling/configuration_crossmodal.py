@@ -18,6 +18,7 @@ _AUTO_MAP = {
     "AutoModel": "modeling_crossmodal.CrossModalModel",
     "AutoModelForVisualQuestionAnswering": "classification_crossmodal.CrossModalForVQA",
     "AutoModelForSequenceClassification": "classification_crossmodal.CrossModalForSequenceClassification",
+    "AutoModelForZeroShotImageClassification": "retrieval_crossmodal.CrossModalForRetrieval",
     "AutoProcessor": "processing_crossmodal.CrossModalProcessor",
 }
 
@@ -26,6 +27,9 @@ MODALITY_WEIGHTINGS = ("adaptive", "uniform", "uncertainty")
 BOTTLENECKS = ("exchange", "resample")
 GATES = ("content", "static", "none", "closed")
 POOLINGS = ("attention", "mean", "first")
+CONTRASTIVE_LOSSES = ("info_nce", "sigmoid", "triplet")
+MATCHINGS = ("classifier", "cosine")
+LOSS_WEIGHTINGS = ("fixed", "learned")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes")
 
@@ -244,6 +248,18 @@ class CrossModalConfig(PreTrainedConfig):
         classifier_hidden_size: hidden width of classification heads (`None`: twice `hidden_size`).
         classifier_dropout: dropout in the heads.
         label_smoothing: of the cross entropy of classification heads.
+        projection_dim: width of the embeddings of `CrossModalForRetrieval`.
+        num_unimodal_layers: transformer layers of each modality by itself, of which its embedding is made and on which the
+            cross-attention of retrieval stands.
+        contrastive_loss: `"info_nce"`, `"sigmoid"` (SigLIP) or `"triplet"` (hardest negatives, with `triplet_margin`).
+        contrastive_chunk_size: rows of a tile of similarities of `info_nce` (None: all at once).
+        logit_scale_init_value: logarithm of the first 1 / temperature.
+        matching: how cross-attention scores a pair: `"classifier"` (does it belong together) or `"cosine"` (of the fused
+            vectors of both, added to that of the embeddings with the weight `matching_alpha`, with triplets: MMCA).
+        contrastive_weight, matching_weight, alignment_weight, cross_weight: of the four losses of retrieval; 0 leaves one
+            out. `cross_weight` is that of the research note's own loss, which collapses (see `cross_attention_penalty`).
+        loss_weighting: `"fixed"`, or `"learned"`: by the uncertainty of each loss.
+        detach_global, detach_local: keep the contrast, or the cross-attention, from training what both stand on.
 
     Raises:
         ValueError: for a near miss of a known key, and for combinations that cannot work, naming key, value,
@@ -265,6 +281,12 @@ class CrossModalConfig(PreTrainedConfig):
         "auxiliary_logits",
         "auxiliary_losses",
         "cross_attentions",
+        "logits_per_image",
+        "logits_per_text",
+        "image_embeds",
+        "text_embeds",
+        "match_logits",
+        "losses",
     ]
 
     modality_names: list[str] | None = None
@@ -299,6 +321,21 @@ class CrossModalConfig(PreTrainedConfig):
     classifier_hidden_size: int | None = None
     classifier_dropout: float | int = 0.1
     label_smoothing: float | int = 0.0
+    projection_dim: int = 256
+    num_unimodal_layers: int = 0
+    contrastive_loss: str = "info_nce"
+    contrastive_chunk_size: int | None = None
+    triplet_margin: float | int = 0.2
+    logit_scale_init_value: float | int = 2.6592
+    matching: str = "classifier"
+    matching_alpha: float | int = 0.1
+    contrastive_weight: float | int = 1.0
+    matching_weight: float | int = 1.0
+    alignment_weight: float | int = 0.0
+    cross_weight: float | int = 0.0
+    loss_weighting: str = "fixed"
+    detach_global: bool = False
+    detach_local: bool = False
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -472,6 +509,9 @@ class CrossModalConfig(PreTrainedConfig):
             "gate": GATES,
             "bottleneck": BOTTLENECKS,
             "pooling": POOLINGS,
+            "contrastive_loss": CONTRASTIVE_LOSSES,
+            "matching": MATCHINGS,
+            "loss_weighting": LOSS_WEIGHTINGS,
         }.items():
             value = getattr(self, key)
             if value not in allowed:

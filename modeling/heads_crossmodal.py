@@ -9,16 +9,16 @@ from torch import nn
 
 
 class ClassificationHead(nn.Module):
-    """LN, linear, GELU, dropout, linear: (B,D) to (B,num_labels)."""
+    """LN, linear, GELU, dropout, linear: (B,D) to (B,num_labels), or (B,num_outputs)."""
 
-    def __init__(self, config):
+    def __init__(self, config, num_outputs=None):
         super().__init__()
         width = config.classifier_hidden_size or 2 * config.hidden_size
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dense = nn.Linear(config.hidden_size, width)
         self.activation = nn.GELU()
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(width, config.num_labels)
+        self.out_proj = nn.Linear(width, num_outputs or config.num_labels)
 
     def forward(self, pooled):
         return self.out_proj(self.dropout(self.activation(self.dense(self.norm(pooled)))))

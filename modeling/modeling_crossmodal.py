@@ -330,7 +330,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
             self.encoders[name].eval()
         return self
 
-    def _collect_inputs(self, inputs, modality_mask):
+    def _collect_inputs(self, inputs):
         """Sorts forward's arguments by modality: {name: (values, mask, index, encoded)} in the order of the config.
 
         Where tokens were given, encoded is true, and values and mask are theirs.
@@ -361,10 +361,12 @@ class CrossModalModel(CrossModalPreTrainedModel):
             raise ValueError(
                 f"No modality was given. Pass at least one of {[self.config.input_keys(n)[0] for n in self.encoders]}."
             )
-        sizes = {name: len(values if index is None else index) for name, (values, _, index, _) in collected.items()}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"Modalities have different batch sizes: {sizes}. Give one row each, and modality_mask.")
         return collected
+
+    @staticmethod
+    def _numbers_of_rows(collected):
+        """{modality: rows} of what `_collect_inputs` returned."""
+        return {name: len(values if index is None else index) for name, (values, _, index, _) in collected.items()}
 
     def encode(self, inputs, modality_mask=None):
         """Raw batches to tokens at the tapped depths.
@@ -611,7 +613,11 @@ class CrossModalModel(CrossModalPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         self._check_task_ids(task_ids)
-        encoded, presence = self.encode(self._collect_inputs(inputs, modality_mask), modality_mask)
+        collected = self._collect_inputs(inputs)
+        sizes = self._numbers_of_rows(collected)
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"Modalities have different batch sizes: {sizes}. Give one row each, and modality_mask.")
+        encoded, presence = self.encode(collected, modality_mask)
         levels, masks = self.project(encoded)
         shared = {name: item for name, item in encoded.items() if item.index is not None or item.present is not None}
         wanted = return_tokens or bool(output_hidden_states)
@@ -648,8 +654,9 @@ def _full_mask(tokens, mask):
 def heads():
     """The classes that build on the base. `auto_map` names them, and transformers saves what a file imports."""
     from .classification_crossmodal import CrossModalForSequenceClassification, CrossModalForVQA
+    from .retrieval_crossmodal import CrossModalForRetrieval
 
-    return CrossModalForVQA, CrossModalForSequenceClassification
+    return CrossModalForVQA, CrossModalForSequenceClassification, CrossModalForRetrieval
 
 
 CrossModalModel.register_for_auto_class("AutoModel")

@@ -15,6 +15,7 @@ AUTO_CLASSES = {
     "AutoModel",
     "AutoModelForVisualQuestionAnswering",
     "AutoModelForSequenceClassification",
+    "AutoModelForZeroShotImageClassification",
     "AutoProcessor",
 }
 

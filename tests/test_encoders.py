@@ -45,7 +45,7 @@ def test_tokens_have_the_fusion_width_at_one_depth_and_at_several(model_type):
         output = model(**batch, output_hidden_states=True)
         tokens = output.modality_tokens[name]
         assert tokens.shape[::2] == (2, 16) and tokens.isfinite().all()
-        encoded, _ = model.encode(model._collect_inputs(batch, None))
+        encoded, _ = model.encode(model._collect_inputs(batch))
         sizes = model.config.level_sizes_of(name)
         assert [level.shape[-1] for level in encoded[name].levels] == [sizes[i] for i in model.config.levels_of(name)]
         assert len({level.shape[:2] for level in encoded[name].levels}) == 1
@@ -54,7 +54,7 @@ def test_tokens_have_the_fusion_width_at_one_depth_and_at_several(model_type):
 @pytest.mark.parametrize("model_type", zoo.MODEL_TYPES)
 def test_last_level_is_the_last_hidden_state_of_the_plain_encoder(model_type):
     model, name, batch = compose(model_type, CrossModalModel, levels=[-1])
-    encoded, _ = model.encode(model._collect_inputs(batch, None))
+    encoded, _ = model.encode(model._collect_inputs(batch))
     if model_type == "crossmodal_features":
         expected = model.encoders[name](batch["eeg_values"])[0][-1]
     else:
@@ -73,7 +73,7 @@ def test_levels_of_a_pyramid_are_averaged_onto_the_grid_of_the_deepest(model_typ
     plain = getattr(outputs, "reshaped_hidden_states", None) or outputs.hidden_states
     deepest = plain[-1].shape[-2:]
     assert plain[0].shape[-2:] != deepest
-    encoded, _ = model.encode(model._collect_inputs(batch, None))
+    encoded, _ = model.encode(model._collect_inputs(batch))
     assert encoded[name].grid == tuple(deepest)
     for level, found in zip(plain[1:2], encoded[name].levels[:1], strict=True):
         expected = torch.nn.functional.adaptive_avg_pool2d(level, deepest).flatten(2).transpose(1, 2)
@@ -275,7 +275,7 @@ def test_an_encoder_keeps_its_attention_and_output_when_it_is_composed(choice):
     expected = original.text_model(**batch).last_hidden_state
     model = CrossModalModel.from_encoders(text={"model": original, "levels": [-1]}, **zoo.TINY).eval()
     assert model.encoders["text"].config._attn_implementation == choice
-    encoded, _ = model.encode(model._collect_inputs(batch, None))
+    encoded, _ = model.encode(model._collect_inputs(batch))
     torch.testing.assert_close(encoded["text"].levels[0], expected, rtol=0, atol=0)
 
 
@@ -312,7 +312,7 @@ def test_pretrained_weights_give_the_plain_encoders_output(shared_encoders):
     folder = shared_encoders / "mobilenet_v2_1.0_224"
     model = CrossModalModel.from_encoders(vision={"model": folder, "levels": [-1]}, **zoo.TINY).eval()
     images = torch.randn(2, 3, 224, 224)
-    encoded, _ = model.encode(model._collect_inputs({"pixel_values": images}, None))
+    encoded, _ = model.encode(model._collect_inputs({"pixel_values": images}))
     with torch.no_grad():
         expected = AutoModel.from_pretrained(folder).eval()(images).last_hidden_state
     assert expected.shape == (2, 1280, 7, 7) and encoded["vision"].grid == (7, 7)

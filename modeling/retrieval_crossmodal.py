@@ -1,0 +1,515 @@
+"""`CrossModalForRetrieval`: embeddings to find candidates with, and cross-attention over tokens to rank them.
+
+Letters: B batch, U_m distinct inputs of modality m, T_m tokens of it, D hidden_size, M modalities, P pairs, E projection_dim.
+Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .attention_crossmodal import FeedForwardBlock, SelfAttentionBlock
+from .contrastive_crossmodal import (
+    combine_losses,
+    contrast,
+    cross_attention_penalty,
+    gather,
+    hardest_triplets,
+    info_nce,
+    is_distributed,
+    matching_loss,
+    mean_over_ranks,
+    positives_of,
+    recovered_tokens,
+    sample_negatives,
+    sigmoid_contrast,
+)
+from .encoders_crossmodal import EncodedModality
+from .heads_crossmodal import ClassificationHead
+from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel
+from .pooling_crossmodal import TokenPooling
+
+
+@dataclass
+class CrossModalRetrievalOutput(ModelOutput):
+    """Output of `CrossModalForRetrieval`.
+
+    loss: scalar, where rows of several modalities came together.
+    logits_per_image (images, texts), logits_per_text: scaled similarities, of models with a vision and a text modality.
+    image_embeds, text_embeds: of those two. modality_embeds: {modality: (B,E)}, of length 1, 0 for rows that lack it.
+    match_logits: (B,), of every row's own modalities with each other, with `return_match=True`.
+    modality_weights: (B,M) of the same.
+    losses: {name: scalar}, the parts of the loss, unweighted, and what shows how they fare.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    modality_embeds: dict[str, torch.FloatTensor] | None = None
+    match_logits: torch.FloatTensor | None = None
+    modality_weights: torch.FloatTensor | None = None
+    losses: dict[str, torch.FloatTensor] | None = None
+
+
+@dataclass
+class ModalityFeatures:
+    """What retrieval keeps of one modality: all that is needed to compare its rows with any others, later or elsewhere.
+
+    embeddings (U,E) of length 1; levels [(U,T,D) per depth], what the fusion reads; tokens (U,T,D), the last that the tower
+    made of them; mask (U,T) bool or None; index (B,) long and present (B,) bool as in `EncodedModality`.
+    """
+
+    embeddings: torch.Tensor
+    levels: list
+    tokens: torch.Tensor
+    mask: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    present: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.embeddings) if self.index is None else len(self.index)
+
+    def at(self, rows, present=None):
+        """The features of `rows` (P,) of the batch, each distinct input kept once; present (P,) bool or None."""
+        return replace(self, index=rows if self.index is None else self.index[rows], present=present)
+
+    def spread(self, values):
+        return EncodedModality([], index=self.index, present=self.present).spread(values)
+
+
+class Temperature(nn.Module):
+    """exp(a) for learned a, at most 100 (CLIP, Radford et al. 2021, arXiv 2103.00020), and the bias of SigLIP."""
+
+    def __init__(self, initial_value, initial_bias=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(()))
+        self.initial_values = {"scale": initial_value}
+        if initial_bias is not None:
+            self.bias = nn.Parameter(torch.empty(()))
+            self.initial_values["bias"] = initial_bias
+
+    def forward(self):
+        if self.training:
+            with torch.no_grad():
+                self.scale.clamp_(max=math.log(100.0))
+        return self.scale.exp()
+
+
+class LossWeights(nn.Module):
+    """A learned log variance for each loss, 0 at the start."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = tuple(names)
+        self.log_variances = nn.Parameter(torch.empty(len(self.names)))
+        self.initial_values = {"log_variances": 0.0}
+
+    def forward(self):
+        return dict(zip(self.names, self.log_variances, strict=True))
+
+
+class ModalityTower(nn.Module):
+    """Projected tokens of one modality to tokens that know each other, and to one embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = nn.ModuleList([SelfAttentionBlock(config) for _ in range(config.num_unimodal_layers)])
+        self.mlp = nn.ModuleList([FeedForwardBlock(config) for _ in range(config.num_unimodal_layers)])
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooling = TokenPooling(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.projection = nn.Linear(config.hidden_size, config.projection_dim)
+
+    def forward(self, levels, mask):
+        """levels [(U,T,D)], mask (U,T) or None. Returns tokens (U,T,D) and embeddings (U,E) of length 1."""
+        tokens = self.norm(sum(levels))
+        for attend, feed in zip(self.attention, self.mlp, strict=True):
+            tokens = feed(attend(tokens, mask)[0])
+        tokens = self.final_norm(tokens)
+        embeddings = self.projection(self.dropout(self.pooling(tokens, mask)))
+        return tokens, nn.functional.normalize(embeddings.float(), dim=-1)
+
+
+class TokenAlignment(nn.Module):
+    """One attention of the tokens of a modality on those of another, by which they are to recover themselves."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        self.query = nn.ModuleDict({name: nn.Linear(width, width) for name in config.modality_names})
+        self.key = nn.ModuleDict({name: nn.Linear(width, width) for name in config.modality_names})
+        self.value = nn.ModuleDict({name: nn.Linear(width, width) for name in config.modality_names})
+        # Cosines: a tenth of CLIP's first temperature would drown them.
+        self.temperature = Temperature(math.log(10.0))
+
+    def forward(self, name, tokens, mask, other, other_tokens, other_mask):
+        """tokens (B,T,D) of `name` and (N,S,D) of `other` with their masks. Returns s (B,N) of `recovered_tokens`, scaled."""
+        key, value = self.key[other](other_tokens), self.value[other](other_tokens)
+        scores = recovered_tokens(self.query[name](tokens), key, value, tokens, mask, other_mask)
+        return self.temperature() * scores
+
+
+class CrossModalForRetrieval(CrossModalPreTrainedModel):
+    """Finds and ranks: embeddings of each modality by itself, trained by contrast, and a score of whole rows by
+    cross-attention over the same tokens, trained to tell pairs that belong together from hard negatives.
+
+    L = contrastive_weight L_con + matching_weight L_match + alignment_weight L_tok + cross_weight L_x   (CCACO, corrected;
+    with `loss_weighting="learned"` each by its uncertainty). See contrastive_crossmodal.py for each.
+    """
+
+    def __init__(self, config, encoders=None):
+        super().__init__(config)
+        if len(config.modality_names) < 2:
+            raise ValueError(
+                f"CrossModalForRetrieval compares modalities, and modality_names={config.modality_names} has one. Give two."
+            )
+        self.crossmodal = CrossModalModel(config, encoders)
+        self.main_input_name = self.crossmodal.main_input_name
+        self.towers = nn.ModuleDict({name: ModalityTower(config) for name in config.modality_names})
+        sigmoid = config.contrastive_loss == "sigmoid"
+        self.logit_scale = Temperature(config.logit_scale_init_value, -10.0 if sigmoid else None)
+        if config.matching == "classifier":
+            self.matching = ClassificationHead(config, num_outputs=1)
+        else:
+            self.matching = nn.ModuleDict(
+                {name: nn.Linear(config.hidden_size, config.projection_dim) for name in config.modality_names}
+            )
+        self.loss_names = [name for name in _WEIGHTS if getattr(config, f"{name}_weight")]
+        if config.alignment_weight:
+            self.alignment = TokenAlignment(config)
+        if config.loss_weighting == "learned":
+            self.loss_weights = LossWeights(self.loss_names)
+        self.post_init()
+        self.crossmodal._apply_freezing()
+
+    def features(self, inputs, modality_mask=None):
+        """Inputs of a forward to {modality: ModalityFeatures} and presence (B,M) bool, or None where modalities differ in
+        their number of rows."""
+        base = self.crossmodal
+        collected = base._collect_inputs(inputs)
+        sizes = base._numbers_of_rows(collected)
+        if len(set(sizes.values())) == 1:
+            encoded, presence = base.encode(collected, modality_mask)
+        elif modality_mask is not None:
+            raise ValueError(
+                f"modality_mask was given, and modalities have different batch sizes: {sizes}. Give one row each."
+            )
+        else:
+            encoded, presence = {}, None
+            for name, item in collected.items():
+                encoded |= base.encode({name: item})[0]
+        levels, _ = base.project(encoded)
+        found = {}
+        for name, item in encoded.items():
+            depths, tower = levels[name], self.towers[name]
+            tokens, embeddings = tower(_detached(depths) if self.config.detach_global else depths, item.mask)
+            if self.config.num_unimodal_layers:
+                # The fusion stands on what the contrast has aligned (ALBEF, arXiv 2107.07651).
+                depths = [*depths[:-1], tokens]
+            if self.config.detach_local:
+                depths, tokens = _detached(depths), tokens.detach()
+            found[name] = ModalityFeatures(embeddings, depths, tokens, item.mask, item.index, item.present)
+        return found, presence
+
+    def match(self, features, presence=None, output_attentions=False):
+        """Scores of rows by cross-attention over their tokens.
+
+        Args:
+            features: {modality: ModalityFeatures}, all of P rows. Inputs that several rows share are projected once.
+            presence: (P,M) bool; None: every modality that is given.
+
+        Returns:
+            logits (P,), modality weights (P,M), attention maps of each layer.
+        """
+        base, names = self.crossmodal, self.config.modality_names
+        rows = len(next(iter(features.values())))
+        if presence is None:
+            some = next(iter(features.values())).embeddings
+            presence = torch.tensor([name in features for name in names], device=some.device).expand(rows, -1)
+        levels, masks, shared = {}, {}, {}
+        for name, item in features.items():
+            own = EncodedModality([], mask=item.mask, index=item.index, present=item.present)
+            levels[name], masks[name] = item.levels, own.mask
+            if own.mask is not None:
+                masks[name] = own.spread(own.mask)
+            elif own.present is not None:
+                masks[name] = own.present[:, None].expand(-1, item.levels[0].shape[1])
+            if own.index is not None or own.present is not None:
+                shared[name] = own
+        _, embeddings, weights, _, fused, attentions = base.fuse(
+            levels, masks, presence, shared, output_attentions, return_tokens=False
+        )
+        if self.config.matching == "classifier":
+            return self.matching(fused).squeeze(-1), weights, attentions
+        # S = i0 . c0 + alpha i1 . c1 (MMCA, Wei et al. CVPR 2020).
+        projected = {
+            name: nn.functional.normalize(self.matching[name](embeddings[:, names.index(name)]).float(), dim=-1)
+            for name in features
+        }
+        scores = self.similarity(features) + self.config.matching_alpha * _mean_cosine(projected)
+        return scores, weights, attentions
+
+    def similarity(self, features):
+        """Similarities (P,) of the embeddings of rows, mean over pairs of modalities. features as `match` takes them."""
+        return _mean_cosine({name: item.spread(item.embeddings) for name, item in features.items()})
+
+    def rank(self, features, presence=None):
+        """Scores (P,) by which candidates are ranked: what cross-attention says, and what the embeddings say, which are
+        both log odds of belonging together. Arguments as `match`."""
+        scores, _, _ = self.match(features, presence)
+        if self.config.matching == "classifier":
+            scores = scores + self._scaled(self.similarity(features))
+        return scores
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values=None,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        modality_mask=None,
+        return_loss=True,
+        return_match=False,
+        **named_inputs,
+    ):
+        """The inputs of `CrossModalModel`. Modalities may come in different numbers of rows: then they are embedded, each
+        by itself, and there is no loss.
+
+        Args:
+            labels: (B,) or (B,K) long; rows that agree in any column are positives of each other (the same image, the same
+                text), and never negatives. None: every row is like itself alone.
+            return_loss: compute the loss where rows of several modalities came together.
+            return_match: also score every row's own modalities by cross-attention.
+
+        Returns:
+            CrossModalRetrievalOutput.
+        """
+        inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {key: value for key, value in inputs.items() if value is not None} | named_inputs
+        features, presence = self.features(inputs, modality_mask)
+        embeds = {name: item.spread(item.embeddings) for name, item in features.items()}
+        together = presence is not None and len(features) > 1
+        output = CrossModalRetrievalOutput(modality_embeds=embeds)
+        image, text = (self._first_of(kind, embeds) for kind in ("vision", "text"))
+        output.image_embeds, output.text_embeds = embeds.get(image), embeds.get(text)
+        if image in embeds and text in embeds:
+            output.logits_per_text = self._scaled(embeds[text] @ embeds[image].T)
+            output.logits_per_image = output.logits_per_text.T
+        if return_match:
+            if not together:
+                raise ValueError("return_match=True scores rows of several modalities. Give as many rows of each.")
+            output.match_logits, output.modality_weights, _ = self.match(features, presence)
+        if return_loss and (together or (self.training and is_distributed())):
+            output.loss, output.losses, weights = self._loss(features, embeds, presence, labels)
+            output.modality_weights = weights if output.modality_weights is None else output.modality_weights
+        return output
+
+    def _first_of(self, kind, among):
+        """The first modality of a type that is among those given."""
+        settings = self.config.modality_settings
+        return next((n for n in self.config.modality_names if settings[n]["type"] == kind and n in among), None)
+
+    def _scaled(self, similarities):
+        scale = self.logit_scale()
+        bias = getattr(self.logit_scale, "bias", None)
+        return scale * similarities if bias is None else scale * similarities + bias
+
+    def get_modality_features(self, name, **inputs):
+        """Embeddings (B,E) of length 1 of one modality by itself, from the inputs of a forward."""
+        self.crossmodal._known([name])
+        features, _ = self.features(inputs)
+        if name not in features:
+            keys = [key for key in self.config.input_keys(name) if key]
+            raise ValueError(f"no input of modality {name!r} was given. Expected {' and '.join(keys)}.")
+        return features[name].spread(features[name].embeddings)
+
+    def get_image_features(self, pixel_values=None, **inputs):
+        """Embeddings (B,E) of the first vision modality."""
+        name = self._first_of("vision", self.config.modality_names)
+        if name is None:
+            raise ValueError(
+                f"this model has no vision modality. Use get_modality_features: {self.config.modality_names}."
+            )
+        return self.get_modality_features(name, **{**inputs, self.config.input_keys(name)[0]: pixel_values})
+
+    def get_text_features(self, input_ids=None, attention_mask=None, **inputs):
+        """Embeddings (B,E) of the first text modality."""
+        name = self._first_of("text", self.config.modality_names)
+        if name is None:
+            raise ValueError(
+                f"this model has no text modality. Use get_modality_features: {self.config.modality_names}."
+            )
+        values, mask = self.config.input_keys(name)
+        return self.get_modality_features(name, **{**inputs, values: input_ids, mask: attention_mask})
+
+    def _loss(self, features, embeds, presence, labels):
+        """The weighted loss, {name: its parts}, and modality weights of the rows as they are (or None)."""
+        some = next(iter(embeds.values()))
+        labels = self._labels(labels, len(some), some.device)
+        parts, shown, weights = {}, {}, None
+        if "contrastive" in self.loss_names:
+            parts["contrastive"] = self._contrastive_loss(embeds, presence, labels)
+        if "matching" in self.loss_names:
+            parts["matching"], weights = self._matching_loss(features, embeds, presence, labels)
+        pairs = [pair for pair in combinations(features, 2) if (self._both(presence, pair)).any()]
+        if "alignment" in self.loss_names:
+            parts["alignment"] = self._mean([self._alignment_loss(features, p, presence, labels) for p in pairs], some)
+        if "cross" in self.loss_names:
+            found = [self._cross_loss(features, pair, presence) for pair in pairs]
+            parts["cross"] = self._mean([loss for loss, _ in found], some)
+            shown = {
+                f"cross_{k}": self._mean([s[k] for _, s in found], some) for k in ("norm", "entropy", "pooled_norm")
+            }
+        wanted = {name: getattr(self.config, f"{name}_weight") for name in self.loss_names}
+        learned = self.loss_weights() if self.config.loss_weighting == "learned" else None
+        loss = combine_losses(parts, wanted, learned)
+        shown["scale"] = self.logit_scale.scale.exp()
+        return loss, {name: value.detach() for name, value in (parts | shown).items()}, weights
+
+    @staticmethod
+    def _mean(values, some):
+        return torch.stack(values).mean() if values else some.sum() * 0.0
+
+    @staticmethod
+    def _labels(labels, rows, device):
+        if labels is None:
+            own = torch.arange(rows, device=device)
+            if is_distributed():
+                # Rows of other processes are other rows.
+                own = own + torch.distributed.get_rank() * 2**40
+            return own[:, None]
+        if len(labels) != rows or labels.is_floating_point() or labels.dim() > 2:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} and type {labels.dtype}. Expected whole numbers ({rows},) or ({rows}, K): "
+                "rows that agree in a column are positives of each other."
+            )
+        return labels.view(rows, -1)
+
+    def _both(self, presence, pair):
+        """Rows (B,) bool that have both modalities of a pair."""
+        columns = [self.config.modality_names.index(name) for name in pair]
+        return presence[:, columns].all(dim=1)
+
+    def _contrastive_loss(self, embeds, presence, labels):
+        """Mean over pairs of modalities and both directions, over the rows of all processes."""
+        everywhere = {}
+        for column, name in enumerate(self.config.modality_names):
+            # Every process takes part for every modality, also one that it has no row of.
+            there = slice(0, 0) if name not in embeds else presence[:, column]
+            own = embeds.get(name, labels.new_zeros(0, self.config.projection_dim, dtype=torch.float32))
+            rows = (own if name not in embeds else own[there], labels[there])
+            everywhere[name] = (*rows, *map(gather, rows))
+        scale, losses = self.logit_scale(), []
+        for one, other in combinations(self.config.modality_names, 2):
+            for queries, keys in ((one, other), (other, one)):
+                own, own_labels, _, _ = everywhere[queries]
+                _, _, all_keys, key_labels = everywhere[keys]
+                losses.append(mean_over_ranks(*self._contrast(own, all_keys, scale, own_labels, key_labels)))
+        return self._mean(losses, labels)
+
+    def _contrast(self, queries, keys, scale, query_labels, key_labels):
+        """Sum over queries of the contrastive loss of the config, and how many counted."""
+        config = self.config
+        if not len(queries) or not len(keys):
+            return (queries.sum() + keys.sum()) * 0.0, 0
+        if config.contrastive_loss == "sigmoid":
+            return sigmoid_contrast(queries, keys, scale, self.logit_scale.bias, query_labels, key_labels)
+        if config.contrastive_loss == "triplet":
+            positive = positives_of(query_labels, key_labels)
+            return hardest_triplets(queries @ keys.T, positive, config.triplet_margin)
+        return info_nce(queries, keys, scale, query_labels, key_labels, config.contrastive_chunk_size)
+
+    def _matching_loss(self, features, embeds, presence, labels):
+        """Rows as they are, against rows of which one modality is another row's, drawn among those that look alike.
+
+        Returns the loss, and the modality weights of the rows as they are.
+        """
+        column = self.config.modality_names.index
+        several, positive = presence.sum(dim=1) > 1, positives_of(labels, labels)
+        # Rows, and the modalities in which they are replaced by what other rows have.
+        blocks = [(several.nonzero().squeeze(1), {})]
+        for swapped in features:
+            have = presence[:, column(swapped)]
+            alike = sum(embeds[other].detach() @ embeds[swapped].detach().T for other in features if other != swapped)
+            drawn, found = self._negatives(self.logit_scale().detach() * alike, positive | ~have)
+            rows = (found & have & several).nonzero().squeeze(1)
+            blocks.append((rows, {swapped: drawn[rows]}))
+        there = presence[torch.cat([rows for rows, _ in blocks])]
+        if not len(there):
+            return self._mean([], next(iter(embeds.values()))), None
+        pairs = {
+            name: item.at(
+                torch.cat([swaps.get(name, rows) for rows, swaps in blocks]),
+                None if item.present is None else there[:, column(name)],
+            )
+            for name, item in features.items()
+        }
+        logits, weights, _ = self.match(pairs, there)
+        own, *others = logits.split([len(rows) for rows, _ in blocks])
+        if self.config.matching == "classifier":
+            matched = torch.arange(len(logits), device=logits.device) < len(own)
+            return matching_loss(logits, matched), weights[: len(own)]
+        own = torch.zeros(len(presence), device=own.device, dtype=own.dtype).index_copy(0, blocks[0][0], own)
+        losses = [
+            self.config.triplet_margin - own[rows] + worse for (rows, _), worse in zip(blocks[1:], others, strict=True)
+        ]
+        losses = torch.cat(losses).clamp(min=0)
+        return losses.sum() / max(1, len(losses)), weights[: len(blocks[0][0])]
+
+    def _negatives(self, alike, wrong):
+        """For each row a row that is not its own: the hardest for triplets, else drawn by how alike they are."""
+        if self.config.matching == "cosine":
+            return alike.masked_fill(wrong, -torch.inf).argmax(dim=1), ~wrong.all(dim=1)
+        return sample_negatives(alike, wrong)
+
+    def _alignment_loss(self, features, pair, presence, labels):
+        rows = self._both(presence, pair).nonzero().squeeze(1)
+        positive = positives_of(labels[rows], labels[rows])
+        tokens = {}
+        for name in pair:
+            item = features[name].at(rows)
+            tokens[name] = item.spread(item.tokens), None if item.mask is None else item.spread(item.mask)
+        losses = []
+        for name, other in (pair, pair[::-1]):
+            scores = self.alignment(name, *tokens[name], other, *tokens[other])
+            for matrix in (scores, scores.T):
+                total, count = contrast(matrix, positive)
+                losses.append(total / count.clamp(min=1))
+        return torch.stack(losses).mean()
+
+    def _cross_loss(self, features, pair, presence):
+        """The note's penalty in both directions. Returns it, and what shows its collapse."""
+        rows = self._both(presence, pair).nonzero().squeeze(1)
+        tokens = {}
+        for name in pair:
+            item = features[name].at(rows)
+            tokens[name] = item.spread(item.tokens), None if item.mask is None else item.spread(item.mask)
+        (one, one_mask), (other, other_mask) = (tokens[name] for name in pair)
+        there, shown = cross_attention_penalty(one, other, one_mask, other_mask)
+        back, shown_back = cross_attention_penalty(other, one, other_mask, one_mask)
+        return there + back, {key: (value + shown_back[key]) / 2 for key, value in shown.items()}
+
+
+def _mean_cosine(vectors):
+    """Mean over pairs of {modality: (P,E)}, of length 1. Returns (P,)."""
+    cosines = [(one * other).sum(-1) for one, other in combinations(vectors.values(), 2)]
+    return torch.stack(cosines).mean(dim=0)
+
+
+def _detached(levels):
+    return [level.detach() for level in levels]
+
+
+_WEIGHTS = ("contrastive", "matching", "alignment", "cross")
+
+CrossModalForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")
+
+__all__ = ["CrossModalForRetrieval"]

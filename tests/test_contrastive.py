@@ -1,0 +1,149 @@
+"""Losses of retrieval, each against its equation written out with loops."""
+
+import math
+
+import pytest
+import torch
+from crossmodal.modeling import contrastive_crossmodal as C
+
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def unit(*shape, seed=0):
+    vectors = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+# Row 0 and 2 share an image, 1 and 4 a text.
+LABELS = torch.tensor([[0, 0], [1, 1], [0, 2], [3, 3], [4, 1], [5, 5], [6, 6]])
+
+
+def written_out(queries, keys, scale, query_labels, key_labels):
+    total, counted = 0.0, 0
+    for i, query in enumerate(queries):
+        exponentials = [math.exp(scale * float(query @ key)) for key in keys]
+        own = [j for j in range(len(keys)) if any(query_labels[i] == key_labels[j])]
+        if own:
+            counted += 1
+            total -= sum(math.log(exponentials[j] / sum(exponentials)) for j in own) / len(own)
+    return total, counted
+
+
+def test_info_nce_is_its_equation_with_several_positives_and_with_none():
+    queries, keys = unit(7, 8), unit(5, 8, seed=1)
+    total, counted = C.info_nce(queries, keys, torch.tensor(5.0), LABELS, LABELS[:5])
+    expected, number = written_out(queries, keys, 5.0, LABELS, LABELS[:5])
+    assert counted == number == 5
+    assert abs(total.item() - expected) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
+def test_info_nce_in_tiles_equals_the_whole_gradient_by_gradient(chunk):
+    results = []
+    for size in (None, chunk):
+        queries, keys = unit(7, 8).float().requires_grad_(), unit(6, 8, seed=1).float().requires_grad_()
+        scale = torch.tensor(20.0, requires_grad=True)
+        total, counted = C.info_nce(queries, keys, scale, LABELS, LABELS[:6], size)
+        (3.0 * total).backward()
+        results.append([total, counted, queries.grad, keys.grad, scale.grad])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_info_nce_in_tiles_is_finite_where_exponentials_are_not():
+    queries = (unit(4, 8).float() * 30).requires_grad_()
+    total, _ = C.info_nce(queries, queries, torch.tensor(1.0), LABELS[:4], LABELS[:4], 2)
+    total.backward()
+    assert total.isfinite() and queries.grad.isfinite().all()
+
+
+def test_sigmoid_contrast_is_its_equation():
+    queries, keys = unit(4, 8), unit(5, 8, seed=1)
+    total, count = C.sigmoid_contrast(queries, keys, torch.tensor(10.0), torch.tensor(-2.0), LABELS[:4], LABELS[:5])
+    expected = 0.0
+    for i in range(4):
+        for j in range(5):
+            sign = 1 if (LABELS[i] == LABELS[j]).any() else -1
+            expected += math.log(1 + math.exp(-sign * (10.0 * float(queries[i] @ keys[j]) - 2.0)))
+    assert count == 4 and abs(total.item() - expected) < 1e-6
+
+
+def test_hardest_triplets_never_take_a_positive_for_a_negative():
+    scores = torch.tensor([[0.5, 0.9, 0.45], [0.1, 0.2, 0.0], [0.3, 0.3, 0.8]])
+    positive = torch.eye(3, dtype=torch.bool)
+    total, count = C.hardest_triplets(scores, positive, 0.2)
+    assert count == 3 and abs(total.item() - (0.6 + 0.1 + 0.0)) < 1e-6
+    positive[0, 1] = True
+    total, _ = C.hardest_triplets(scores, positive, 0.2)
+    assert abs(total.item() - (0.15 + 0.1)) < 1e-6
+
+
+def test_negatives_are_drawn_by_how_alike_they_are_and_never_among_positives():
+    scores = torch.tensor([[9.0, 2.0, 1.0, 0.0]]).repeat(4000, 1)
+    positive = torch.tensor([[True, False, False, False]]).repeat(4000, 1)
+    drawn, found = C.sample_negatives(scores, positive, torch.Generator().manual_seed(0))
+    parts = torch.bincount(drawn, minlength=4) / 4000
+    expected = torch.softmax(torch.tensor([2.0, 1.0, 0.0]), 0)
+    assert found.all() and parts[0] == 0
+    # The small constant shifts weights of e^-7: compare in the large.
+    weights = scores[0].softmax(0)[1:] + 1e-5
+    torch.testing.assert_close(parts[1:], weights / weights.sum(), rtol=0, atol=0.03)
+    assert (parts[1:] - expected).abs().max() < 0.05
+    _, found = C.sample_negatives(scores[:1], torch.ones(1, 4, dtype=torch.bool))
+    assert not found.any()
+
+
+def test_recovered_tokens_are_their_equation():
+    query, tokens, key, value = (
+        unit(*shape, seed=k) for k, shape in enumerate([(2, 3, 8), (2, 3, 8), (4, 5, 8), (4, 5, 8)])
+    )
+    token_mask = torch.tensor([[True, True, False], [True, True, True]])
+    key_mask = torch.ones(4, 5, dtype=torch.bool)
+    key_mask[1, 3:] = False
+    found = C.recovered_tokens(query, key, value, tokens, token_mask, key_mask)
+    for i in range(2):
+        for j in range(4):
+            cosines = []
+            for w in range(3):
+                if token_mask[i, w]:
+                    scores = (key[j, key_mask[j]] @ query[i, w]) / math.sqrt(8)
+                    seen = scores.softmax(0) @ value[j, key_mask[j]]
+                    cosines.append(float(seen @ tokens[i, w] / seen.norm() / tokens[i, w].norm()))
+            assert abs(found[i, j].item() - sum(cosines) / len(cosines)) < 1e-9
+
+
+def test_late_interaction_is_its_equation():
+    queries, keys = unit(2, 3, 8), unit(4, 5, 8, seed=1)
+    query_mask = torch.tensor([[True, True, False], [True, True, True]])
+    key_mask = torch.ones(4, 5, dtype=torch.bool)
+    key_mask[2, 1:] = False
+    found = C.late_interaction(queries, keys, query_mask, key_mask)
+    for i in range(2):
+        for j in range(4):
+            best = [float((keys[j, key_mask[j]] @ queries[i, w]).max()) for w in range(3) if query_mask[i, w]]
+            assert abs(found[i, j].item() - sum(best) / len(best)) < 1e-9
+
+
+def test_the_notes_loss_is_the_squared_attention_and_is_lowered_by_shrinking():
+    tokens, others = 3 * unit(2, 3, 8), 3 * unit(2, 5, 8, seed=1)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    loss, shown = C.cross_attention_penalty(tokens, others, mask)
+    expected = 0.0
+    for b in range(2):
+        for w in range(3):
+            if mask[b, w]:
+                weights = (others[b] @ tokens[b, w] / math.sqrt(8)).softmax(0)
+                expected += float((weights @ others[b]).square().sum())
+    assert abs(loss.item() - expected / 2) < 1e-9
+    smaller, shown_smaller = C.cross_attention_penalty(0.1 * tokens, 0.1 * others, mask)
+    assert smaller < 0.02 * loss and shown_smaller["entropy"] > 0.99 > shown["entropy"]
+
+
+def test_losses_are_combined_by_weight_and_by_uncertainty():
+    losses = {"one": torch.tensor(2.0), "two": torch.tensor(3.0), "off": torch.tensor(torch.inf)}
+    weights = {"one": 1.0, "two": 0.5, "off": 0.0}
+    assert C.combine_losses(losses, weights) == 3.5
+    learned = {"one": torch.tensor(0.3), "two": torch.tensor(-0.2), "off": torch.tensor(0.0)}
+    expected = math.exp(-0.3) * 2 + 0.3 + 0.5 * (math.exp(0.2) * 3 - 0.2)
+    assert abs(C.combine_losses(losses, weights, learned).item() - expected) < 1e-6

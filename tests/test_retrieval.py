@@ -1,0 +1,214 @@
+"""`CrossModalForRetrieval`: embeddings and ranking of one model, their losses, and any pattern of absence."""
+
+import pytest
+import torch
+import zoo
+from test_modeling import CLOSE, lively
+
+from crossmodal import CrossModalForRetrieval
+
+
+NAMES = ("vision", "text")
+ALL_LOSSES = {"contrastive_weight": 1.0, "matching_weight": 0.7, "alignment_weight": 0.5, "cross_weight": 0.1}
+
+
+def model_of(*names, seed=0, **overrides):
+    torch.manual_seed(seed)
+    config = zoo.tiny_config(*(names or NAMES), projection_dim=8, **overrides)
+    return lively(CrossModalForRetrieval(config)).eval()
+
+
+def test_embeddings_are_of_length_one_and_depend_on_their_own_modality_alone():
+    model = model_of()
+    batch = zoo.tiny_batch(model.config)
+    output = model(**batch)
+    for embeddings in (output.image_embeds, output.text_embeds):
+        torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(4))
+    torch.testing.assert_close(model.get_image_features(batch["pixel_values"]), output.image_embeds, **CLOSE)
+    torch.testing.assert_close(
+        model.get_text_features(batch["input_ids"], batch["attention_mask"]), output.text_embeds, **CLOSE
+    )
+    scale = model.logit_scale.scale.exp()
+    torch.testing.assert_close(output.logits_per_image, scale * output.image_embeds @ output.text_embeds.T, **CLOSE)
+
+
+def test_one_image_and_many_texts_are_compared_without_a_loss():
+    model = model_of()
+    batch = zoo.tiny_batch(model.config)
+    output = model(pixel_values=batch["pixel_values"][:1], input_ids=batch["input_ids"])
+    assert output.logits_per_image.shape == (1, 4) and output.loss is None
+    alone = model(pixel_values=batch["pixel_values"][:1], input_ids=batch["input_ids"][:1])
+    torch.testing.assert_close(output.logits_per_image[:, :1], alone.logits_per_image, **CLOSE)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("fusion_type", ["cross", "joint", "bottleneck", "concat"])
+@pytest.mark.parametrize("queries", [None, ["text"]], ids=["all_look", "text_looks"])
+def test_ranking_pairs_from_features_equals_the_pairs_themselves(fusion_type, queries, layers):
+    model = model_of(fusion_type=fusion_type, fusion_queries=queries, num_unimodal_layers=layers)
+    batch = zoo.tiny_batch(model.config)
+    features, _ = model.features(batch)
+    images, texts = torch.tensor([0, 0, 1, 3, 2]), torch.tensor([0, 1, 1, 0, 3])
+    pairs = {"vision": features["vision"].at(images), "text": features["text"].at(texts)}
+    together = {"pixel_values": batch["pixel_values"][images], "input_ids": batch["input_ids"][texts]}
+    together["attention_mask"] = batch["attention_mask"][texts]
+    expected = model(**together, return_match=True)
+    torch.testing.assert_close(model.match(pairs)[0], expected.match_logits, **CLOSE)
+    similarity = (expected.image_embeds * expected.text_embeds).sum(-1)
+    expected = expected.match_logits + model.logit_scale.scale.exp() * similarity
+    torch.testing.assert_close(model.rank(pairs), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("contrastive_loss", ["info_nce", "sigmoid", "triplet"])
+@pytest.mark.parametrize("matching", ["classifier", "cosine"])
+@pytest.mark.parametrize("loss_weighting", ["fixed", "learned"])
+def test_every_loss_is_there_and_reaches_every_parameter(contrastive_loss, matching, loss_weighting):
+    options = {"contrastive_loss": contrastive_loss, "matching": matching, "loss_weighting": loss_weighting}
+    model = model_of(**ALL_LOSSES, **options, triplet_margin=5.0, num_unimodal_layers=1)
+    output = model(**zoo.tiny_batch(model.config))
+    assert {"contrastive", "matching", "alignment", "cross"} <= output.losses.keys()
+    expected = sum(getattr(model.config, f"{n}_weight") * output.losses[n] for n in model.loss_names)
+    if loss_weighting == "fixed":
+        torch.testing.assert_close(output.loss.detach(), expected, **CLOSE)
+    output.loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    unused = ("modality_types", "weighting", "classifier", "outputs") if matching == "cosine" else ()
+    if contrastive_loss == "triplet":
+        unused += ("logit_scale",)
+    assert not [name for name in without if not any(part in name for part in unused)], without
+
+
+def test_rows_that_share_an_image_or_a_text_are_no_negatives_of_each_other():
+    model = model_of(matching_weight=0.0)
+    batch = zoo.tiny_batch(model.config)
+    output = model(**batch, labels=torch.tensor([[0, 0], [0, 1], [2, 2], [3, 0]]))
+    logits = output.logits_per_image.double()
+    positive = torch.tensor([[1, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]]).double()
+    one, other = (
+        -((matrix.log_softmax(1) * positive).sum(1) / positive.sum(1)).mean() for matrix in (logits, logits.T)
+    )
+    torch.testing.assert_close(output.loss.double(), (one + other) / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_matching_tells_rows_from_the_same_rows_with_another_image_or_text(monkeypatch):
+    from crossmodal.modeling import retrieval_crossmodal as module
+
+    model = model_of(contrastive_weight=0.0)
+    batch = zoo.tiny_batch(model.config)
+    wanted = iter([torch.tensor([1, 0, 3, 2]), torch.tensor([2, 3, 0, 1])])
+    monkeypatch.setattr(
+        module, "sample_negatives", lambda scores, positive: (next(wanted), torch.ones(4, dtype=torch.bool))
+    )
+    output = model(**batch)
+    own, images, texts = torch.arange(4), torch.tensor([1, 0, 3, 2]), torch.tensor([2, 3, 0, 1])
+    pairs = {
+        "pixel_values": batch["pixel_values"][torch.cat([own, images, own])],
+        "input_ids": batch["input_ids"][torch.cat([own, own, texts])],
+        "attention_mask": batch["attention_mask"][torch.cat([own, own, texts])],
+    }
+    logits = model(**pairs, return_match=True, return_loss=False).match_logits
+    truth = torch.cat([torch.ones(4), torch.zeros(8)])
+    torch.testing.assert_close(
+        output.loss, torch.nn.functional.binary_cross_entropy_with_logits(logits, truth), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("matching", ["classifier", "cosine"])
+@pytest.mark.parametrize("names", [NAMES, ("photo", "text", "eeg")], ids=["two", "three"])
+def test_what_a_row_lacks_changes_no_loss_and_no_gradient(names, matching):
+    model = model_of(*names, **ALL_LOSSES, matching=matching)
+    batch = zoo.tiny_batch(model.config)
+    presence = torch.ones(4, len(names), dtype=torch.bool)
+    presence[1, 0] = presence[2, 1] = False
+    results = []
+    for noise in (0, 7):
+        torch.manual_seed(3)
+        for column, name in enumerate(names):
+            values, _ = model.config.input_keys(name)
+            batch[values] = batch[values].clone()
+            lacking = batch[values][~presence[:, column]]
+            batch[values][~presence[:, column]] = (lacking + noise) % 50 if "ids" in values else lacking + noise
+        model.zero_grad()
+        torch.manual_seed(3)
+        output = model(**batch, modality_mask=presence)
+        output.loss.backward()
+        results.append([output.loss.detach(), *[p.grad for p in model.parameters() if p.grad is not None]])
+        assert output.loss.isfinite()
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_a_batch_without_any_pair_has_a_loss_of_nothing():
+    model = model_of(**ALL_LOSSES)
+    presence = torch.tensor([[True, False], [False, True], [True, False], [False, True]])
+    output = model(**zoo.tiny_batch(model.config), modality_mask=presence, labels=torch.arange(4))
+    assert output.losses["matching"] == 0 and output.losses["alignment"] == 0
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("detached, trained", [("detach_global", "fusion"), ("detach_local", "towers")])
+def test_a_branch_that_is_detached_trains_nothing_that_both_stand_on(detached, trained):
+    other = {"detach_global": "contrastive_weight", "detach_local": "matching_weight"}[detached]
+    silent = {"contrastive_weight": "matching_weight", "matching_weight": "contrastive_weight"}[other]
+    model = model_of(**{other: 1.0, silent: 0.0, detached: True})
+    model(**zoo.tiny_batch(model.config)).loss.backward()
+    shared = [p for n, p in model.named_parameters() if "encoders" in n or "projections" in n]
+    assert all(p.grad is None or not p.grad.any() for p in shared)
+    own = {"detach_global": model.towers, "detach_local": model.crossmodal.fusion}[detached]
+    assert any(p.grad is not None and p.grad.any() for p in own.parameters())
+
+
+def test_images_that_rows_share_are_encoded_once_and_give_the_same_loss():
+    model = model_of(**ALL_LOSSES)
+    batch = zoo.tiny_batch(model.config)
+    index, labels = torch.tensor([1, 0, 1, 1]), torch.tensor([1, 0, 1, 1])
+    losses = []
+    for inputs in (
+        {**batch, "pixel_values": batch["pixel_values"][:2], "pixel_values_index": index},
+        {**batch, "pixel_values": batch["pixel_values"][index]},
+    ):
+        torch.manual_seed(0)
+        losses.append(model(**inputs, labels=labels).loss)
+    torch.testing.assert_close(*losses, **CLOSE)
+
+
+def test_a_few_pairs_are_learnt_by_heart_by_contrast_and_by_cross_attention():
+    torch.manual_seed(0)
+    config = zoo.tiny_config(*NAMES, projection_dim=16, hidden_dropout=0.0, classifier_dropout=0.0)
+    model = CrossModalForRetrieval(config)
+    batch = zoo.tiny_batch(config, batch_size=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    features, _ = model.features(batch)
+    images, texts = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    pairs = {"vision": features["vision"].at(images.flatten()), "text": features["text"].at(texts.flatten())}
+    with torch.no_grad():
+        for scores in (model.similarity(pairs), model.match(pairs)[0]):
+            assert (scores.view(8, 8).argmax(1) == torch.arange(8)).float().mean() >= 0.9
+
+
+def test_wrong_inputs_are_clear_errors():
+    model = model_of()
+    batch = zoo.tiny_batch(model.config)
+    with pytest.raises(ValueError, match="has one. Give two"):
+        CrossModalForRetrieval(zoo.tiny_config("vision"))
+    with pytest.raises(ValueError, match="labels of shape"):
+        model(**batch, labels=torch.arange(3))
+    with pytest.raises(ValueError, match="as many rows"):
+        model(pixel_values=batch["pixel_values"][:1], input_ids=batch["input_ids"], return_match=True)
+    with pytest.raises(ValueError, match="different batch sizes"):
+        model(
+            pixel_values=batch["pixel_values"][:1],
+            input_ids=batch["input_ids"],
+            modality_mask=torch.ones(4, 2, dtype=torch.bool),
+        )
+    with pytest.raises(ValueError, match="no input of modality 'vision'"):
+        model.get_modality_features("vision", input_ids=batch["input_ids"])
+    with pytest.raises(ValueError, match="contrastive_loss='infonce'.*'info_nce'"):
+        zoo.tiny_config(contrastive_loss="infonce")
