@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..modeling.configuration_crossmodal import CrossModalConfig
 from .building import encoders_and_config
 from .datasets import RowDataset, load_rows, some_of
-from .evaluate import predict_logits, task_of
+from .evaluate import task_of
 from .recipes import nearest
 from .robustness import CorruptedDataset
 from .tasks import TASKS
@@ -200,7 +200,7 @@ def _score_with_missing(run, result, eval_rows, rate):
         if argument not in whole.adapter.inputs:
             continue
         data = CorruptedDataset(samples, name, arguments, None, rate)
-        scores = task.score(predict_logits(model, processor, data, progress=False), whole.targets)
+        scores = task.evaluate(model, processor, data, progress=False)
         found[name] = scores[task.main_metric]
     return found
 
@@ -235,13 +235,13 @@ def summarise(results, variants, seeds, metric):
     return table
 
 
-def as_markdown(table, metric, missing_rate=None):
-    """The table of `ablate` as Markdown, in per cent."""
+def as_markdown(table, metric, missing_rate=None, percent=100):
+    """The table of `ablate` as Markdown, in per cent; `percent` makes them of the metric."""
     lines = [f"| variant | {metric} (%) | against full, paired | runs | parameters |", "|---|---|---|---|---|"]
     for row in table:
-        paired = f"{100 * row['difference']:+.2f} ± {100 * row['difference_deviation']:.2f}"
+        paired = f"{percent * row['difference']:+.2f} ± {percent * row['difference_deviation']:.2f}"
         lines.append(
-            f"| {row['variant']} | {100 * row['mean']:.2f} ± {100 * row['deviation']:.2f} | "
+            f"| {row['variant']} | {percent * row['mean']:.2f} ± {percent * row['deviation']:.2f} | "
             f"{'' if row['variant'] == 'full' else paired} | {row['runs']} | {row['parameters']:,} |"
         )
     missing = [(row["variant"], name, of) for row in table for name, of in row.get("missing", {}).items()]
@@ -252,8 +252,8 @@ def as_markdown(table, metric, missing_rate=None):
             "|---|---|---|---|",
         ]
     for variant, name, of in missing:
-        lost = f"{100 * of['loss']:.2f} ± {100 * of['deviation']:.2f}"
-        lines.append(f"| {variant} | {name} | {100 * of['mean']:.2f} | {lost} |")
+        lost = f"{percent * of['loss']:.2f} ± {percent * of['deviation']:.2f}"
+        lines.append(f"| {variant} | {name} | {percent * of['mean']:.2f} | {lost} |")
     return "\n".join(lines)
 
 
@@ -261,11 +261,11 @@ def _write_reports(folder, recipe, results, table, metric, missing_rate):
     """`ablation.md`, `ablation.csv` (every run) and `ablation.png`."""
     from .plots import ablation_plot
 
-    first = next(iter(results.values()))
+    first, percent = next(iter(results.values())), TASKS[recipe.task].percent
     (folder / "ablation.md").write_text(
         f"# {recipe.name}: {Path(recipe.dataset).name}, {recipe.eval_split}, {first['eval_rows']:,} rows\n\n"
-        f"{as_markdown(table, metric, missing_rate)}\n\nMean and sample deviation over seeds. Most common answer: "
-        f"{100 * first['majority'][metric]:.2f} %.\n"
+        f"{as_markdown(table, metric, missing_rate, percent)}\n\nMean and sample deviation over seeds. Most common answer: "
+        f"{percent * first['majority'][metric]:.2f} %.\n"
     )
     with open(folder / "ablation.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -277,7 +277,7 @@ def _write_reports(folder, recipe, results, table, metric, missing_rate):
             numbers = [result[key] for key in ("minutes", "epochs", "parameters", "trainable_parameters")]
             missing = [(result.get("missing") or {}).get(modality, "") for modality in first.get("missing", ())]
             writer.writerow([name, seed, *result["metrics"].values(), *numbers, *missing])
-    ablation_plot(table, results, metric, first["majority"][metric], folder / "ablation.png")
+    ablation_plot(table, results, metric, first["majority"][metric], folder / "ablation.png", percent)
 
 
 def _slug(name):

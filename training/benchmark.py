@@ -293,8 +293,7 @@ def cached_training(recipe, rows=256, rounds=3):
     from .building import build
     from .collator import SampleCollator
     from .datasets import RowDataset, load_rows, some_of
-    from .evaluate import predict_logits
-    from .tasks import TASKS
+    from .tasks import TASKS, predict_logits
     from .token_cache import with_cached_tokens
 
     if not recipe.model.get("freeze"):

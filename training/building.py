@@ -52,7 +52,9 @@ def encoders_and_config(recipe):
 def build(recipe, task, datasets):
     """(model, processor) of a recipe. `task` says the labels; a tokenizer may be trained on the texts of `datasets`."""
     encoders, options = encoders_and_config(recipe)
-    options |= task.answers | {"label2id": task.label2id}
+    options |= task.answers
+    if task.answers:
+        options["label2id"] = task.label2id
     sources = {name: entry["model"] for name, entry in encoders.items() if isinstance(entry["model"], str)}
     tokenizer = _tokenizer(recipe, sources, datasets)
     for name, entry in encoders.items():

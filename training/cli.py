@@ -39,7 +39,10 @@ def train(
     from .train import train as run
 
     result = run(loaded, fresh=fresh, write=_note)
-    table = {"this model": result["metrics"], "most common answer": result["majority"]}
+    from .tasks import TASKS
+
+    task = TASKS[loaded.task]
+    table = task.table("this model", result["metrics"]) | {task.majority_name: result["majority"]}
     _print_table(f"{loaded.name}: {loaded.eval_split}, {result['eval_rows']:,} rows", table)
     since = " since it was resumed" if result["resumed"] else ""
     _note(f"{result['minutes']:.1f} minutes{since}; the model is in {loaded.output_dir}")
@@ -65,7 +68,9 @@ def evaluate(
 
     loaded, processor = _load(model)
     metrics = run(loaded, processor, dataset, split, batch_size, unknown_answers_wrong)
-    _print_table(f"{Path(model).name} on {Path(dataset).name}, {split}", {"this model": metrics})
+    from .evaluate import task_of
+
+    _print_table(f"{Path(model).name} on {Path(dataset).name}, {split}", task_of(loaded).table("this model", metrics))
     if as_json:
         _print_json(metrics)
 
@@ -205,7 +210,7 @@ def ablate(
     from .tasks import TASKS
 
     table = run(loaded, variant, seeds, missing_rate=missing)
-    print(as_markdown(table, TASKS[loaded.task].main_metric, missing))
+    print(as_markdown(table, TASKS[loaded.task].main_metric, missing, TASKS[loaded.task].percent))
     _note(f"table, runs and plot: {loaded.output_dir}/ablation.md, .csv, .png")
     if as_json:
         _print_json(table)

@@ -25,6 +25,7 @@ class Adapter:
         target: row (without its images) to what the task learns from.
         images: columns that hold images.
         group: row (without its images) to what it shares with others, which no split may tear apart, or None.
+        several: column that may hold a list, each item of which makes a sample of its own (captions of an image), or None.
     """
 
     task: str
@@ -33,11 +34,33 @@ class Adapter:
     target: Callable[[dict], object]
     images: tuple[str, ...] = ("image",)
     group: Callable[[dict], object] = lambda row: row.get("image_id")
+    several: str | None = None
 
 
 def _annotators(row):
     """Ten answers of VQA v2, stored as strings or as dicts with `answer`."""
     return [answer["answer"] if isinstance(answer, dict) else answer for answer in row["answers"]]
+
+
+def _pair(column):
+    """Target of a retrieval adapter: the image it is about, and what makes other pairs right too."""
+
+    def target(row):
+        image = next(
+            (row[name] for name in ("image_id", "imgid", "img_id", "cocoid", "id", "filename") if name in row), None
+        )
+        text = row[column]
+        text = text["raw"] if isinstance(text, dict) else text
+        return {"id": image, "keys": [("image", image), ("text", text)]}
+
+    return target
+
+
+def _pairs(*columns):
+    """An adapter of images with a text, or a list of texts, in the last column."""
+    return Adapter(
+        "retrieval", columns, {"images": columns[0], "text": columns[-1]}, _pair(columns[-1]), several=columns[-1]
+    )
 
 
 # Most specific schema first. A target of a VQA adapter is a string, the list of all annotators' answers, or the score of
@@ -63,6 +86,12 @@ DATASETS = {
         lambda row: str(row["label"]),
         group=lambda row: row.get("id"),
     ),
+    "fashion_titles": _pairs("image", "title"),
+    # Several texts per image: COCO (Karpathy) and Flickr30K as they are on the Hub.
+    "captions": _pairs("image", "captions"),
+    "caption": _pairs("image", "caption"),
+    "sentences": _pairs("image", "sentences"),
+    "emoji": _pairs("image", "name", "keywords"),
     "facts": Adapter(
         "vqa",
         ("image", "question", "facts"),
@@ -214,19 +243,33 @@ class RowDataset(Dataset):
             # Decoded here, so that a broken image is named with its row.
             rows = rows.cast_column(column, datasets.Image(decode=False))
         self.rows = rows
+        # (row, item of the list in the column `several`, or None) of every sample.
+        self.places = [(row, None) for row in range(len(rows))]
+        several, plain = self.adapter.several, rows.remove_columns(self.adapter.images)
+        if several is not None:
+            held = [len(value) if isinstance(value, list) else None for value in plain[several]]
+            self.places = [
+                (row, item) for row, count in enumerate(held) for item in ([None] if count is None else range(count))
+            ]
         # Rows about the same image, which are cheaper in one batch.
-        self.groups = rows["image_id"] if "image_id" in rows.column_names else None
-        self.targets = [self.adapter.target(row) for row in rows.remove_columns(self.adapter.images)]
+        images = rows["image_id"] if "image_id" in rows.column_names else None
+        self.groups = None if images is None else [images[row] for row, _ in self.places]
+        self.targets = [self._target(plain[row], item) for row, item in self.places]
+
+    def _target(self, row, item):
+        return self.adapter.target(
+            row if item is None else row | {self.adapter.several: row[self.adapter.several][item]}
+        )
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.places)
 
     def __getitem__(self, index):
         return self.sample(index)
 
     def sample(self, index, leave_out=()):
         """A sample without the inputs named in `leave_out`, which are then not decoded either."""
-        row = self.rows[index]
+        row = self.rows[self.places[index][0]]
         sample = {key: self._read(index, row, key) for key in self.adapter.inputs if key not in leave_out}
         if self.augmentation and sample.get(self.augmentation.input) is not None:
             sample[self.augmentation.input] = random.choice(self.augmentation.variants)(
@@ -239,7 +282,8 @@ class RowDataset(Dataset):
         column = self.adapter.inputs.get(key)
         if column is None:
             return iter([None] * len(self))
-        return (row[column] for row in self.rows.select_columns([column]))
+        values = self.rows.select_columns([column])
+        return (self._item(values[row][column], column, item) for row, item in self.places)
 
     def variants_of(self, key):
         """What an input may become in training: functions of its value, the first of which changes nothing."""
@@ -248,16 +292,21 @@ class RowDataset(Dataset):
 
     def input_of(self, index, key, variant=0):
         """One input of a row, decoded, in one of its variants."""
-        return self.variants_of(key)[variant](self._read(index, self.rows[index], key))
+        return self.variants_of(key)[variant](self._read(index, self.rows[self.places[index][0]], key))
+
+    def _item(self, value, column, item):
+        value = value[item] if item is not None and column == self.adapter.several else value
+        # A sentence of COCO comes with its tokens.
+        return value["raw"] if isinstance(value, dict) and "raw" in value else value
 
     def _read(self, index, row, key):
         column = self.adapter.inputs[key]
         if column not in self.adapter.images or row[column] is None:
-            return row[column]
+            return self._item(row[column], column, self.places[index][1])
         try:
             return _read_once(row[column].get("bytes") or row[column].get("path"))
         except ValueError as error:
-            raise ValueError(f"row {index} of the dataset, column {column!r}: {error}") from error
+            raise ValueError(f"row {self.places[index][0]} of the dataset, column {column!r}: {error}") from error
 
 
 @lru_cache(maxsize=64)

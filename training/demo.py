@@ -11,10 +11,11 @@ import numpy as np
 
 from ..configs import load_preset
 from .datasets import RowDataset
-from .evaluate import predict_logits, task_of
+from .evaluate import task_of
 from .publish import export_folder
 from .recipes import Recipe
 from .shapes import IMAGE_SIZE, KINDS, QUESTIONS_PER_IMAGE, SIMPLE_KINDS, shapes_dataset
+from .tasks import predict_logits
 from .train import train
 
 

@@ -49,13 +49,18 @@ def robustness_plot(table: Sequence[Record], metric: str, path: str | os.PathLik
 
 
 def ablation_plot(
-    table: Sequence[Record], results: Mapping[tuple, Record], metric: str, majority: float, path: str | os.PathLike
+    table: Sequence[Record],
+    results: Mapping[tuple, Record],
+    metric: str,
+    majority: float,
+    path: str | os.PathLike,
+    percent: float = 100,
 ) -> Path:
     """Draw `ablate.ablate`'s table: a line per variant with its mean, and a dot per run.
 
     Args:
         table: rows with `variant` and `mean`. results: by (variant, seed), with `metrics`. metric: the score.
-        majority: score of the most common answer, a dashed line. path: the file to write.
+        majority: score of the most common answer, a dashed line. path: the file to write. percent: what makes per cent of the metric.
 
     Returns:
         The path written.
@@ -65,12 +70,14 @@ def ablation_plot(
     figure = Figure(figsize=(6.4, 0.42 * len(table) + 1.1), facecolor=CARD, layout="constrained")
     axes = figure.subplots()
     for line, row in enumerate(table):
-        scores = [100 * result["metrics"][metric] for (name, _), result in results.items() if name == row["variant"]]
+        scores = [
+            percent * result["metrics"][metric] for (name, _), result in results.items() if name == row["variant"]
+        ]
         color = RIGHT if row["variant"] == "full" else UNJUDGED
         axes.plot(scores, [line] * len(scores), "o", color=color, alpha=0.45, markersize=5, markeredgewidth=0)
-        axes.plot([100 * row["mean"]] * 2, [line - 0.3, line + 0.3], color=color, linewidth=2.2)
-    axes.axvline(100 * table[0]["mean"], color=RIGHT, linewidth=0.8, alpha=0.5)
-    axes.axvline(100 * majority, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot([percent * row["mean"]] * 2, [line - 0.3, line + 0.3], color=color, linewidth=2.2)
+    axes.axvline(percent * table[0]["mean"], color=RIGHT, linewidth=0.8, alpha=0.5)
+    axes.axvline(percent * majority, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yticks(range(len(table)), [row["variant"] for row in table], family=FONT, fontsize=9, color=INK)
     axes.invert_yaxis()
     axes.set_xlabel(f"{metric} (%); dots: runs, bars: means, dashed: most common answer", fontsize=8, color=MUTED)

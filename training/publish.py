@@ -74,6 +74,7 @@ _REPORTED = (
 _HUB_TASKS = {
     "CrossModalForVQA": "visual-question-answering",
     "CrossModalForSequenceClassification": "text-classification",
+    "CrossModalForRetrieval": "zero-shot-image-classification",
 }
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import Dataset
 
 from .datasets import RowDataset, load_rows
-from .evaluate import predict_logits, task_of
+from .evaluate import task_of
 from .tasks import name_of
 
 
@@ -105,6 +105,7 @@ class CorruptedDataset(Dataset):
     def __init__(self, dataset, name, arguments, corruption, level, seed=0):
         self.dataset, self.name, self.arguments = dataset, name, arguments
         self.corruption, self.level, self.seed = corruption, level, seed
+        self.targets = dataset.targets
 
     def __len__(self):
         return len(self.dataset)
@@ -143,7 +144,7 @@ def robustness(model, processor, dataset, split, seed=0, batch_size=128, limit=N
     task.check_targets(samples.targets, allow_unknown=True)
 
     def measured(data, **what):
-        scores = task.score(predict_logits(model, processor, data, batch_size), samples.targets)
+        scores = task.evaluate(model, processor, data, batch_size)
         return {**what, **scores}
 
     arguments = {name: processor.argument_of(name) for name in processor.modality_names}

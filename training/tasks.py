@@ -1,17 +1,37 @@
 """Tasks: what a head learns from, and how it is scored. One row of `TASKS` per head."""
 
+import hashlib
 from collections import Counter
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+from .collator import SampleCollator
 from .metrics.vqa_accuracy.vqa_scoring import normalize_answer, soft_targets, vqa_score
+
+
+@torch.inference_mode()
+def predict_logits(model, processor, samples, batch_size=128, progress=True):
+    """Logits (N,A) of a dataset of samples, in order, on the model's device. Leaves the model in eval mode."""
+    model.eval()
+    loader = DataLoader(samples, batch_size, collate_fn=SampleCollator(processor))
+    logits = []
+    for batch in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        logits.append(model(**batch).logits.float().cpu())
+    return torch.cat(logits)
 
 
 class VQATask:
     """Answers from a vocabulary. Targets are one answer, the answers of all annotators, or the score of each answer."""
 
     model_class = "CrossModalForVQA"
+    majority_name = "most common answer"
+    two_stages = False
+    # What makes per cent of a metric.
+    percent = 100
     metrics = ("accuracy", "vqa_accuracy")
     main_metric = "vqa_accuracy"
 
@@ -76,6 +96,23 @@ class VQATask:
                     "pass --unknown-answers-wrong to score such rows as wrong."
                 )
 
+    def describe(self):
+        """What there is to learn, for a line of report."""
+        return f"{len(self.id2label)} labels"
+
+    @staticmethod
+    def table(name, metrics):
+        """Rows of a table {name: {column: number}} that shows the metrics of a model."""
+        return {name: metrics}
+
+    def score_outputs(self, outputs, targets):
+        """Metrics of what Trainer gathered over a dataset."""
+        return self.score(outputs, targets)
+
+    def evaluate(self, model, processor, samples, batch_size=128, progress=True):
+        """Metrics of a model on a RowDataset, or one with cached tokens."""
+        return self.score(predict_logits(model, processor, samples, batch_size, progress), samples.targets)
+
     def score(self, logits, targets):
         """Metrics in [0,1] of logits (N,A): `accuracy` (the answer, or the annotators' most common one) and VQA's own."""
         predictions = [self.id2label[index] for index in np.asarray(logits).argmax(-1).tolist()]
@@ -118,6 +155,73 @@ class ClassificationTask(VQATask):
         return {"accuracy": float(np.mean(right)), "weighted_f1": float(f1)}
 
 
+class RetrievalTask:
+    """Pairs of two modalities. A target is `{"id": of the first input, "keys": [what says which other rows are right too]}`."""
+
+    model_class = "CrossModalForRetrieval"
+    main_metric = "mean_r1"
+    majority_name = "by chance"
+    two_stages = True
+    # The field gives these in per cent.
+    percent = 1
+    answers = {}
+
+    @classmethod
+    def from_targets(cls, targets, min_answer_count=1):
+        return cls()
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+    def describe(self):
+        return "pairs"
+
+    @staticmethod
+    def table(name, metrics):
+        rows = {f"{name}, two stages": "", f"{name}, embeddings": "contrastive_", f"{name}, all pairs": "full_"}
+        short = ("mean_r1", "_r1", "_r5", "_r10", "_medr")
+        table = {}
+        for label, prefix in rows.items():
+            own = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+            own = {k: v for k, v in own.items() if k.endswith(short) and k.count("_") == 1}
+            if own:
+                table[label] = own
+        return table
+
+    def score_outputs(self, outputs, targets):
+        """Of the embeddings alone: outputs {modality: (N,E)}, a row for every sample."""
+        from .retrieval import score_embeddings
+
+        return score_embeddings(*list(outputs.values())[:2], targets)
+
+    def evaluate(self, model, processor, samples, batch_size=128, progress=True):
+        """Of the two stages together; with `contrastive_` before them, of the embeddings alone."""
+        from .retrieval import evaluate_two_stages
+
+        return evaluate_two_stages(model, processor, samples, progress=progress)
+
+    @staticmethod
+    def majority(train_targets, targets):
+        """Of candidates in any order, expected."""
+        from .retrieval import inputs_of
+
+        first, right = inputs_of(targets)
+        positive = right(torch.arange(len(first)), torch.arange(len(targets))).float()
+        return {"mean_r1": 50 * (positive.mean(dim=1).mean() + positive.mean(dim=0).mean()).item()}
+
+    def encode_targets(self, targets):
+        """(B,K) whole numbers: rows are positives of each other where they agree in any column."""
+        return torch.tensor([[_hash(key) for key in target["keys"]] for target in targets])
+
+    def check_targets(self, targets, allow_unknown=False):
+        """Any pair will do."""
+
+
+def _hash(key):
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big", signed=True)
+
+
 def _scores(target):
     """{answer: score in [0,1]} of a target of any form."""
     return target if isinstance(target, dict) else soft_targets([target] if isinstance(target, str) else target)
@@ -128,4 +232,4 @@ def name_of(task):
     return next(name for name, kind in TASKS.items() if type(task) is kind)
 
 
-TASKS = {"vqa": VQATask, "classification": ClassificationTask}
+TASKS = {"vqa": VQATask, "classification": ClassificationTask, "retrieval": RetrievalTask}

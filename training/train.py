@@ -59,7 +59,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     total = sum(p.numel() for p in model.parameters())
     write(
         f"{recipe.name}: {len(train_dataset):,} training and {len(eval_dataset):,} evaluation rows, "
-        f"{len(task.id2label)} labels; {trainable:,} of {total:,} parameters are trained."
+        f"{task.describe()}; {trainable:,} of {total:,} parameters are trained."
     )
     datasets = {"training": train_dataset, "choosing": choosing_dataset, "evaluation": eval_dataset}
     datasets = with_cached_tokens(recipe, model, processor, datasets, write)
@@ -77,7 +77,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         write,
     )
     result = {
-        "metrics": score(trainer, task, datasets["evaluation"]),
+        "metrics": score(trainer, task, datasets["evaluation"], processor),
         "chosen_on": chosen_on if training["load_best_model_at_end"] else None,
         "majority": task.majority(train_dataset.targets, eval_dataset.targets),
         "parameters": total,

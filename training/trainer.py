@@ -22,7 +22,7 @@ class CrossModalTrainer(Trainer):
 
     The log has, beside the loss, how the modalities share the work: `weight_<m>` (their mean weight since the last entry),
     `auxiliary_loss_<m>` (of the modality alone, where the config asks for it) and `gradient_norm_<m>` (of its encoder and
-    its projection at this step, after clipping). Training stops with `TrainingDiverged` at the first loss or gradient that
+    its projection at this step, after clipping); of retrieval also `part_<name>` of the loss. Training stops with `TrainingDiverged` at the first loss or gradient that
     is not finite, before it reaches the weights.
 
     Args:
@@ -40,7 +40,7 @@ class CrossModalTrainer(Trainer):
             self.data_collator.deduplicate = False
         if hasattr(self.data_collator, "row_ids"):
             self.data_collator.row_ids = True
-        self._balance, self._gradient_norms, self._rows = {}, {}, []
+        self._balance, self._parts, self._gradient_norms, self._rows = {}, {}, {}, []
         self.add_callback(_GradientNorms(self._gradient_norms))
         names = self.model.config.modality_names
         for component in self.learning_rates:
@@ -89,6 +89,8 @@ class CrossModalTrainer(Trainer):
                     self._balance.setdefault(kind, []).append(
                         values.detach().float().view(-1, values.shape[-1]).mean(0)
                     )
+            for name, value in (outputs.get("losses") or {}).items() if hasattr(outputs, "get") else ():
+                self._parts.setdefault(name, []).append(value)
         return (loss, outputs) if return_outputs else loss
 
     def _prepare_inputs(self, inputs):
@@ -127,8 +129,10 @@ class CrossModalTrainer(Trainer):
                 means = torch.stack(values).mean(0).tolist()
                 names = self.model.config.modality_names
                 logs |= {f"{kind}_{name}": round(mean, 4) for name, mean in zip(names, means, strict=True)}
+            logs |= {f"part_{n}": round(torch.stack(v).float().mean().item(), 5) for n, v in self._parts.items()}
             logs |= self._gradient_norms
             self._balance.clear()
+            self._parts.clear()
             self._gradient_norms.clear()
         super().log(logs, start_time)
 
@@ -253,12 +257,18 @@ def fit(model, processor, task, train_dataset, eval_dataset, training, folder, r
 
 
 def _score_on(trainer, task, dataset):
-    trainer.compute_metrics = lambda prediction: task.score(prediction.predictions, dataset.targets)
+    trainer.compute_metrics = lambda prediction: task.score_outputs(prediction.predictions, dataset.targets)
 
 
-def score(trainer, task, dataset):
+def score(trainer, task, dataset, processor):
     """{"loss", metrics of the task} of a trainer's model on a dataset, gathered from all ranks."""
     _score_on(trainer, task, dataset)
     # With workers that persist, `evaluate` would take the loader of the dataset that it had before, whatever it is given.
     found = {key.removeprefix("test_"): value for key, value in trainer.predict(dataset).metrics.items()}
-    return {key: value for key, value in found.items() if key == "loss" or key in task.metrics}
+    whole = {"loss": found["loss"]}
+    if task.two_stages:
+        # The second stage compares rows of different batches.
+        return whole | task.evaluate(
+            trainer.accelerator.unwrap_model(trainer.model), processor, dataset, progress=False
+        )
+    return whole | {key: value for key, value in found.items() if key in task.metrics}

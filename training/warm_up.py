@@ -46,8 +46,7 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
             model = type(model).from_pretrained(done)
         else:
             write(
-                f"warm-up {number} of {len(stages)}: {len(dataset):,} rows of {stage.dataset}, "
-                f"{len(task_now.id2label)} labels."
+                f"warm-up {number} of {len(stages)}: {len(dataset):,} rows of {stage.dataset}, {task_now.describe()}."
             )
             trained, reader = (model, processor) if stage.model is recipe.model else build(stage, task_now, read)
             names = trained.config.modality_names
@@ -72,7 +71,8 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
             fresh.load_state_dict(kept, strict=False)
             model = fresh
         else:
-            model.resize_answers(**task_next.answers)
+            if task_next.answers:
+                model.resize_answers(**task_next.answers)
     model._set_frozen(set(recipe.model.get("freeze") or ()))
     return model, processor
 

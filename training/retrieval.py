@@ -1,0 +1,272 @@
+"""Ranks of candidates and what is made of them, exactly and without a matrix of all pairs; two-stage evaluation.
+
+Letters: Q queries, C candidates, E projection_dim, k candidates that are ranked again.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from ..modeling.retrieval_crossmodal import ModalityFeatures
+from .collator import SampleCollator
+
+
+# Queries whose scores are in memory at once, and pairs that cross-attention reads at once.
+_CHUNK, _PAIRS = 1024, 1024
+
+
+def direction_names(config):
+    """The two modalities that are compared: (name, name) in the model, and (letter, letter) in the names of metrics, `i` and
+    `t` for image and text, else the modality names."""
+    names = config.modality_names[:2]
+    kinds = [config.modality_settings[name]["type"] for name in names]
+    letters = [{"vision": "i", "text": "t"}.get(kind, name) for kind, name in zip(kinds, names, strict=True)]
+    return names, letters if sorted(letters) == ["i", "t"] else names
+
+
+def ranks_of(scores, positive):
+    """Places of positives among candidates, ties decided against them.
+
+    scores (Q,C), positive (Q,C) bool. Returns the place of the best positive (Q,) from 1 on, and average precision (Q,);
+    0 and NaN for a query without a positive. Of equal scores, negatives come first.
+    """
+    order = scores.masked_fill(positive, -torch.inf).sort(dim=1, descending=True).values
+    own = scores.masked_fill(~positive, -torch.inf)
+    best, count = own.amax(dim=1), positive.sum(dim=1)
+    # How many negatives are at least as good: the list is sorted downwards, searchsorted wants it upwards.
+    above = torch.searchsorted(-order, -best[:, None], right=True).squeeze(1)
+    # Positives themselves stand at -inf in the list, and below every finite score.
+    places = torch.where(count > 0, above + 1, 0)
+    precision = torch.full((len(scores),), torch.nan)
+    for row in (count > 0).nonzero().squeeze(1).tolist():
+        mine = scores[row, positive[row]].sort(descending=True).values
+        nth = torch.arange(1, len(mine) + 1)
+        precision[row] = (nth / (nth + torch.searchsorted(-order[row], -mine, right=True))).mean()
+    return places, precision
+
+
+def metrics_of(places, precisions):
+    """{"r1", "r5", "r10", "map" in per cent, "medr"} of queries that have a positive."""
+    there = places > 0
+    places = places[there].float()
+    if not len(places):
+        raise ValueError("no query has a positive candidate: there is nothing to find.")
+    found = {f"r{k}": 100 * (places <= k).float().mean().item() for k in (1, 5, 10)}
+    return found | {"medr": statistics.median(places.tolist()), "map": 100 * precisions[there].mean().item()}
+
+
+def score_directions(score: Callable, right, sizes, letters, folds=None):
+    """Metrics in both directions.
+
+    Args:
+        score: (indices of queries, indices of candidates, whether the second modality asks) to scores (Q,C), higher is nearer.
+        right: RightPairs. sizes: how many there are of the first and of the second. letters: of the metrics' names.
+        folds: list of (indices of the first, indices of the second) to average over; None: all against all.
+
+    Returns:
+        {"i2t_r1", ..., "t2i_map"}.
+    """
+    found = []
+    for first, second in folds or [(torch.arange(sizes[0]), torch.arange(sizes[1]))]:
+        metrics = {}
+        for swap, queries, candidates in ((False, first, second), (True, second, first)):
+            places, precisions = [], []
+            for part in queries.split(_CHUNK):
+                positive = right(candidates, part).T if swap else right(part, candidates)
+                place, precision = ranks_of(score(part, candidates, swap).float(), positive)
+                places.append(place)
+                precisions.append(precision)
+            name = "2".join(letters[::-1] if swap else letters)
+            metrics |= {f"{name}_{k}": v for k, v in metrics_of(torch.cat(places), torch.cat(precisions)).items()}
+        found.append(metrics)
+    return {key: statistics.mean(metrics[key] for metrics in found) for key in found[0]}
+
+
+@dataclass
+class FeatureStore:
+    """What a model keeps of N inputs of one modality, on the CPU or in files, without padding.
+
+    embeddings (N,E); tokens (sum of all T, L * D), the L levels side by side; offsets (N + 1,): where the tokens of each
+    input begin.
+    """
+
+    embeddings: torch.Tensor
+    tokens: torch.Tensor
+    offsets: torch.Tensor
+    levels: int
+
+    def __len__(self):
+        return len(self.embeddings)
+
+    @classmethod
+    def of(cls, parts, levels):
+        """parts: (embeddings (n,E), [tokens (T,L*D)] of each input) of one batch after another."""
+        embeddings, tokens = zip(*parts, strict=True)
+        tokens = [one for some in tokens for one in some]
+        lengths = torch.tensor([0, *map(len, tokens)])
+        return cls(torch.cat(embeddings), torch.cat(tokens), lengths.cumsum(0), levels)
+
+    def features(self, rows, device="cpu", dtype=torch.float32):
+        """ModalityFeatures of `rows` (P,), each distinct one once."""
+        used, index = rows.unique(return_inverse=True)
+        parts = [self.tokens[self.offsets[row] : self.offsets[row + 1]] for row in used.tolist()]
+        lengths = torch.tensor([len(part) for part in parts])
+        padded = nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device, dtype)
+        mask = None
+        if (lengths != lengths[0]).any():
+            mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(device)
+        embeddings = self.embeddings[used].to(device, dtype)
+        return ModalityFeatures(embeddings, list(padded.chunk(self.levels, dim=-1)), None, mask, index.to(device))
+
+
+@torch.inference_mode()
+def features_of(model, processor, samples, name, rows=None, batch_size=64, dtype=torch.float32, progress=True):
+    """FeatureStore of one modality of a dataset of samples, of `rows` (indices) or all, in that order."""
+    model.eval()
+    argument = processor.argument_of(name)
+    keep = (argument, f"{name}_tokens", f"{name}_key")
+
+    def collate(items):
+        return collator([{key: item[key] for key in keep if key in item} for item in items])
+
+    collator = SampleCollator(processor, deduplicate=False)
+    data = samples if rows is None else Subset(samples, rows)
+    parts, levels = [], 1
+    for batch in tqdm(
+        DataLoader(data, batch_size, collate_fn=collate), desc=f"features of {name}", disable=not progress, leave=False
+    ):
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        found = model.features(batch)[0][name]
+        levels = len(found.levels)
+        tokens, mask = torch.cat(found.levels, dim=-1).to(dtype).cpu(), found.mask
+        real = [row if mask is None else row[mask[i].cpu()] for i, row in enumerate(tokens)]
+        parts.append((found.embeddings.float().cpu(), real))
+    return FeatureStore.of(parts, levels)
+
+
+@torch.inference_mode()
+def rank_pairs(model, stores, rows):
+    """Scores (P,) of pairs by embeddings and cross-attention. stores {modality: FeatureStore}, rows {modality: (P,)}."""
+    scores = []
+    for chunk in zip(*(part.split(_PAIRS) for part in rows.values()), strict=True):
+        features = {
+            name: stores[name].features(part, model.device, model.dtype)
+            for name, part in zip(rows, chunk, strict=True)
+        }
+        scores.append(model.rank(features).float().cpu())
+    return torch.cat(scores)
+
+
+def evaluate_two_stages(model, processor, samples, rerank=32, full=False, fold_size=None, progress=True):
+    """Retrieval between the first two modalities of a model: by embeddings alone, with the best ranked again by
+    cross-attention, and by cross-attention over all pairs.
+
+    Args:
+        samples: RowDataset of the task "retrieval". rerank: how many candidates of each query are ranked again; 0: none.
+        full: also score all pairs. fold_size: average over folds of so many inputs of the first modality (1000: the "1K"
+            protocol of COCO), each with what is right for it of the second.
+
+    Returns:
+        metrics (see `score_directions`) of the two stages together; with `contrastive_` before them of the embeddings alone,
+        with `full_` of all pairs.
+    """
+    names, letters = direction_names(model.config)
+    first, right = inputs_of(samples.targets)
+    stores = {
+        name: features_of(model, processor, samples, name, rows, progress=progress)
+        for name, rows in zip(names, (first, None), strict=True)
+    }
+    sizes = [len(stores[name]) for name in names]
+    folds = None
+    if fold_size is not None:
+        if not 0 < fold_size <= sizes[0]:
+            raise ValueError(f"fold_size={fold_size}, and the split has {sizes[0]} inputs. Give 1 to {sizes[0]}.")
+        parts = [part for part in torch.arange(sizes[0]).split(fold_size) if len(part) == fold_size]
+        folds = [(part, right.own(part)) for part in parts]
+
+    def near(queries, candidates, swap):
+        asked, offered = (stores[name].embeddings for name in (names[::-1] if swap else names))
+        return asked[queries] @ offered[candidates].T
+
+    def pairs(queries, candidates, swap):
+        """queries (N,) with candidates (N,)."""
+        rows = dict(zip(names[::-1] if swap else names, (queries, candidates), strict=True))
+        bar.update(len(queries))
+        return rank_pairs(model, stores, {name: rows[name] for name in names})
+
+    def again(queries, candidates, swap):
+        scores = near(queries, candidates, swap)
+        best = scores.topk(min(rerank, len(candidates)), dim=1).indices
+        ranked = pairs(queries.repeat_interleave(best.shape[1]), candidates[best.flatten()], swap).view(best.shape)
+        # Cosines lie in [-1, 1]: what is not ranked again keeps its order below.
+        return (scores - 2.0 + ranked.amin(dim=1, keepdim=True).clamp(max=0.0)).scatter(1, best, ranked)
+
+    def all_pairs(queries, candidates, swap):
+        every = pairs(queries.repeat_interleave(len(candidates)), candidates.repeat(len(queries)), swap)
+        return every.view(len(queries), len(candidates))
+
+    stages = {"contrastive_": near} | ({"": again} if rerank else {}) | ({"full_": all_pairs} if full else {})
+    found, (forth, back) = {}, ("2".join(letters), "2".join(letters[::-1]))
+    with tqdm(desc="rank again", unit="pair", disable=not progress or len(stages) == 1, leave=False) as bar:
+        for prefix, score in stages.items():
+            metrics = score_directions(score, right, sizes, letters, folds)
+            found |= {f"{prefix}{key}": value for key, value in metrics.items()}
+            found[f"{prefix}mean_r1"] = (found[f"{prefix}{forth}_r1"] + found[f"{prefix}{back}_r1"]) / 2
+    if not rerank:
+        found |= {key.removeprefix("contrastive_"): value for key, value in found.items() if "contrastive_" in key}
+    return found
+
+
+def score_embeddings(first, second, targets):
+    """Metrics of embeddings (N,E) of the samples of a dataset, without names: `mean_r1`, and `1to2_r1` and so on."""
+    rows, right = inputs_of(targets)
+    one, other = torch.as_tensor(first)[rows], torch.as_tensor(second)
+
+    def near(queries, candidates, swap):
+        return other[queries] @ one[candidates].T if swap else one[queries] @ other[candidates].T
+
+    found = score_directions(near, right, (len(one), len(other)), ("1", "2"))
+    return {"mean_r1": (found["122_r1"] + found["221_r1"]) / 2} | found
+
+
+def inputs_of(targets):
+    """Samples that hold each distinct input of the first modality once, and the RightPairs between those inputs and the
+    samples. targets: `{"id": of the first input, "keys": what says which pairs are right}` of every sample."""
+    first, keys = {}, {}
+    for row, target in enumerate(targets):
+        own = row if target["id"] is None else target["id"]
+        first.setdefault(own, row)
+        keys.setdefault(own, set()).update(target["keys"])
+    return list(first.values()), RightPairs([keys[own] for own in first], [set(target["keys"]) for target in targets])
+
+
+class RightPairs:
+    """Which inputs of the second modality are right for which of the first.
+
+    first_keys [set of keys of each input], second_keys [set]: right are those that share one.
+    """
+
+    def __init__(self, first_keys, second_keys):
+        self.first_keys, self.second_keys = first_keys, second_keys
+
+    def __call__(self, rows, columns):
+        """(R,), (C,) indices. Returns (R,C) bool."""
+        places = {}
+        for place, column in enumerate(columns.tolist()):
+            for key in self.second_keys[column]:
+                places.setdefault(key, []).append(place)
+        right = torch.zeros(len(rows), len(columns), dtype=torch.bool)
+        for place, row in enumerate(rows.tolist()):
+            for key in self.first_keys[row]:
+                right[place, places.get(key, [])] = True
+        return right
+
+    def own(self, rows):
+        """Indices of all of the second that are right for any of `rows`."""
+        keys = set().union(*(self.first_keys[row] for row in rows.tolist()))
+        return torch.tensor([i for i, own in enumerate(self.second_keys) if own & keys])
