@@ -28,7 +28,7 @@ def train_tokenizer(texts, vocab_size=2000):
 
 
 def _texts(datasets):
-    columns = (dataset.rows[dataset.adapter.inputs["text"]] for dataset in datasets)
+    columns = (dataset.raw_column("text") for dataset in datasets)
     return [text for text in dict.fromkeys(text for column in columns for text in column) if text]
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Template
 
 from ..model_cards import card_template
+from .tasks import TASKS
 
 
 _UNFINISHED = ".unfinished"
@@ -116,8 +117,15 @@ def model_card(model, recipe=None, result=None, arguments=None):
         }
         for name in config.modality_names
     ]
+    table = {}
+    if metrics:
+        task = TASKS[recipe.task]
+        table = task.table("this model", metrics) | {task.majority_name: result["majority"]}
+        table |= result.get("baselines") or {}
     values = {
         "head": head,
+        "table": table,
+        "columns": list(dict.fromkeys(column for row in table.values() for column in row)),
         "title": data.model_name,
         "config": config,
         "modalities": modalities,

@@ -1,0 +1,206 @@
+"""Retrieval measured: ranks against loops, protocols, two stages, and a run from rows to a folder that a stranger loads."""
+
+import copy
+import json
+import math
+
+import datasets
+import pytest
+import torch
+from crossmodal.training.datasets import RowDataset
+from crossmodal.training.evaluate import evaluate
+from crossmodal.training.recipes import Recipe
+from crossmodal.training.retrieval import (
+    RightPairs,
+    evaluate_two_stages,
+    features_of,
+    inputs_of,
+    metrics_of,
+    rank_pairs,
+    ranks_of,
+    score_directions,
+    score_embeddings,
+)
+from crossmodal.training.train import train
+from hypothesis import given
+from hypothesis import strategies as st
+from world import COLORS, TINY_RECIPE, picture, run_as_stranger
+
+
+@given(st.integers(0, 10**6))
+def test_ranks_and_precision_are_those_of_a_loop_with_ties_against_the_model(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 4, (6, 9), generator=generator).float()
+    positive = torch.rand(6, 9, generator=generator) < 0.3
+    places, precisions = ranks_of(scores, positive)
+    for row in range(6):
+        # Worst order that the scores allow: of equal scores, negatives first.
+        order = sorted(range(9), key=lambda j: (-scores[row, j].item(), bool(positive[row, j])))
+        hits = [place for place, j in enumerate(order, 1) if positive[row, j]]
+        assert places[row] == (hits[0] if hits else 0)
+        if hits:
+            expected = sum(n / place for n, place in enumerate(hits, 1)) / len(hits)
+            assert abs(precisions[row].item() - expected) < 1e-6
+        else:
+            assert math.isnan(precisions[row].item())
+
+
+def test_metrics_of_known_places():
+    found = metrics_of(torch.tensor([1, 3, 0, 12, 6]), torch.tensor([1.0, 0.5, torch.nan, 0.1, 0.2]))
+    assert found == {
+        "r1": 25.0,
+        "r5": 50.0,
+        "r10": 75.0,
+        "medr": 4.5,
+        "map": pytest.approx(45.0),
+    }
+    with pytest.raises(ValueError, match="no query has a positive"):
+        metrics_of(torch.tensor([0]), torch.tensor([torch.nan]))
+
+
+def captions(images=3, texts=2):
+    """Targets of COCO's kind: several texts per image."""
+    return [{"id": i, "keys": [("image", i), ("text", f"{i}-{k}")]} for i in range(images) for k in range(texts)]
+
+
+def test_an_image_finds_any_of_its_texts_and_equal_texts_are_right_for_each_others_images():
+    targets = captions()
+    targets[5]["keys"][1] = ("text", "0-0")
+    rows, right = inputs_of(targets)
+    assert rows == [0, 2, 4]
+    expected = torch.tensor([[1, 1, 0, 0, 0, 1], [0, 0, 1, 1, 0, 0], [1, 0, 0, 0, 1, 1]]).bool()
+    assert torch.equal(right(torch.arange(3), torch.arange(6)), expected)
+    assert right.own(torch.tensor([1])).tolist() == [2, 3]
+
+
+def test_folds_are_averaged_and_each_has_its_own_candidates():
+    scores = torch.eye(4).repeat_interleave(2, dim=1)
+    scores[0, 2] = scores[0, 3] = 2.0  # image 0 prefers the texts of image 1, which are in its fold
+    scores[2, 0] = 2.0  # image 2 prefers a text of another fold
+    _, right = inputs_of(captions(4))
+
+    def score(queries, candidates, swap):
+        return scores[candidates][:, queries].T if swap else scores[queries][:, candidates]
+
+    halves = [(torch.tensor([0, 1]), torch.arange(4)), (torch.tensor([2, 3]), torch.arange(4, 8))]
+    whole = score_directions(score, right, (4, 8), ("i", "t"))
+    folds = score_directions(score, right, (4, 8), ("i", "t"), halves)
+    assert whole["i2t_r1"] == 50.0 and folds["i2t_r1"] == 75.0
+    assert whole["t2i_r1"] == pytest.approx(100 * 5 / 8) and folds["t2i_r1"] == 75.0
+
+
+def test_embeddings_are_scored_as_samples_give_them():
+    one = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1).repeat_interleave(2, dim=0)
+    found = score_embeddings(one, one.clone(), captions())
+    assert found["mean_r1"] == 100.0 and found["122_medr"] == 1
+
+
+HALVES = [(a, b) for a in COLORS for b in COLORS if a != b]
+
+
+def pair_rows(count=24, texts=2):
+    """Pictures of two colors with captions in the schema of COCO, learnable in a moment."""
+    rows = []
+    for i in range(count):
+        left, right = HALVES[i % len(HALVES)]
+        image = picture(left)
+        image.paste(picture(right, (16, 32)), (16, 0))
+        both = [f"{left} and {right}", f"left {left} right {right}"][:texts]
+        rows.append({"image": image, "image_id": HALVES.index((left, right)), "captions": both})
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+def recipe(folder, **changes):
+    values = copy.deepcopy(TINY_RECIPE) | {"task": "retrieval", "dataset": "rows", "output_dir": str(folder)}
+    values["model"]["config"] |= {"projection_dim": 16, "fusion_queries": ["text"], "num_fusion_layers": 1}
+    values["training"] |= {"num_train_epochs": 12, "per_device_train_batch_size": 12}
+    return Recipe(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("retrieval") / "model"
+    rows = pair_rows(36)
+    return folder, train(recipe(folder), rows, rows.select(range(6)), write=lambda line: None)
+
+
+def test_a_run_learns_to_find_and_its_folder_serves_strangers(trained):
+    folder, result = trained
+    assert result["metrics"]["contrastive_mean_r1"] > 80 and result["metrics"]["mean_r1"] > 80
+    assert result["majority"]["mean_r1"] < 20
+    card = (folder / "README.md").read_text()
+    assert "zero-shot-image-classification" in card and "two stages" in card and "by chance" in card
+    code = """
+from PIL import Image
+from transformers import pipeline
+import json
+image = Image.new("RGB", (32, 32), (220, 40, 40))
+image.paste(Image.new("RGB", (16, 32), (40, 60, 220)), (16, 0))
+pipe = pipeline("zero-shot-image-classification", model=sys.argv[1], trust_remote_code=True)
+labels = ["red and blue", "green and red", "blue and green"]
+print(json.dumps(pipe(image, candidate_labels=labels, hypothesis_template="{}")[0]["label"]))
+"""
+    assert json.loads(run_as_stranger(code, folder, cwd=folder.parent)) == "red and blue"
+
+
+def test_ranking_everything_again_is_the_score_of_all_pairs(trained):
+    _, result = trained
+    samples = RowDataset(pair_rows(6), "retrieval")
+    found = evaluate_two_stages(result["model"], result["processor"], samples, rerank=100, full=True, progress=False)
+    for key in ("i2t_r1", "t2i_r1", "i2t_map", "t2i_medr"):
+        assert found[key] == pytest.approx(found[f"full_{key}"])
+    alone = evaluate_two_stages(result["model"], result["processor"], samples, rerank=0, progress=False)
+    assert {k: v for k, v in alone.items() if not k.startswith("contrastive_")} == {
+        k.removeprefix("contrastive_"): v for k, v in found.items() if k.startswith("contrastive_")
+    }
+    as_a_user = evaluate(result["model"], result["processor"], pair_rows(6), None, progress=False)
+    assert as_a_user.keys() == alone.keys()
+    assert as_a_user["i2t_r1"] == pytest.approx(found["i2t_r1"])
+
+
+def test_kept_features_give_the_scores_of_the_pairs_themselves(trained):
+    model, processor = trained[1]["model"], trained[1]["processor"]
+    samples = RowDataset(pair_rows(6), "retrieval")
+    first, _ = inputs_of(samples.targets)
+    stores = {"vision": features_of(model, processor, samples, "vision", first, progress=False)}
+    stores["text"] = features_of(model, processor, samples, "text", batch_size=5, progress=False)
+    assert len(stores["vision"]) == 6 and len(stores["text"]) == 12
+    rows = {"vision": torch.tensor([0, 5, 2]), "text": torch.tensor([3, 10, 4])}
+    found = rank_pairs(model, stores, rows)
+    for vision, text, score in zip(rows["vision"], rows["text"], found, strict=True):
+        sample = samples[first[int(vision)]] | {"text": samples[int(text)]["text"]}
+        batch = processor(images=[sample["images"]], text=[sample["text"]])
+        with torch.no_grad():
+            expected = model.rank(model.features(dict(batch))[0])
+        torch.testing.assert_close(score, expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_every_schema_of_pairs_gives_a_sample_per_text():
+    image = [picture()] * 2
+    sentences = [
+        [{"raw": "a dog", "tokens": ["a", "dog"]}, {"raw": "dogs", "tokens": ["dogs"]}],
+        [{"raw": "x", "tokens": ["x"]}],
+    ]
+    schemas = [
+        {"image": image, "id": ["7", "8"], "title": ["a", "b"]},
+        {"image": image, "cocoid": [1, 2], "sentences": sentences},
+        {"image": image, "img_id": ["1", "2"], "caption": [["a dog", "dogs"], ["x"]]},
+        {"image": image, "image_id": ["1", "2"], "captions": [["a dog", "dogs"], ["x"]]},
+        {"image": image, "name": ["tiger", "moon"], "keywords": [["animal", "cat"], ["sky"]]},
+    ]
+    lengths = []
+    for columns in schemas:
+        rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        samples = RowDataset(rows, "retrieval")
+        texts = [samples[i]["text"] for i in range(len(samples))]
+        assert all(isinstance(text, str) for text in texts)
+        assert texts == list(samples.raw_column("text"))
+        assert [dict(t["keys"])["text"] for t in samples.targets] == texts
+        lengths.append(len(samples))
+    assert lengths == [2, 3, 3, 3, 3]
+
+
+def test_right_pairs_share_a_key():
+    right = RightPairs([{1}, {2}], [{2}, {1, 2}, {3}])
+    assert right(torch.tensor([0, 1]), torch.tensor([0, 1, 2])).tolist() == [[False, True, False], [True, True, False]]
