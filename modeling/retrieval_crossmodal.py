@@ -143,16 +143,16 @@ class TokenAlignment(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.hidden_size
-        self.query = nn.ModuleDict({name: nn.Linear(width, width) for name in config.modality_names})
-        self.key = nn.ModuleDict({name: nn.Linear(width, width) for name in config.modality_names})
-        self.value = nn.ModuleDict({name: nn.Linear(width, width) for name in config.modality_names})
+        self.token_queries = nn.ModuleDict({name: nn.Linear(width, width) for name in config.modality_names})
+        self.token_keys = nn.ModuleDict({name: nn.Linear(width, width) for name in config.modality_names})
+        self.token_values = nn.ModuleDict({name: nn.Linear(width, width) for name in config.modality_names})
         # Cosines: a tenth of CLIP's first temperature would drown them.
         self.temperature = Temperature(math.log(10.0))
 
     def forward(self, name, tokens, mask, other, other_tokens, other_mask):
         """tokens (B,T,D) of `name` and (N,S,D) of `other` with their masks. Returns s (B,N) of `recovered_tokens`, scaled."""
-        key, value = self.key[other](other_tokens), self.value[other](other_tokens)
-        scores = recovered_tokens(self.query[name](tokens), key, value, tokens, mask, other_mask)
+        key, value = self.token_keys[other](other_tokens), self.token_values[other](other_tokens)
+        scores = recovered_tokens(self.token_queries[name](tokens), key, value, tokens, mask, other_mask)
         return self.temperature() * scores
 
 
@@ -192,8 +192,10 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
     def features(self, inputs, modality_mask=None):
         """Inputs of a forward to {modality: ModalityFeatures} and presence (B,M) bool, or None where modalities differ in
         their number of rows."""
+        return self._features_of(self.crossmodal._collect_inputs(inputs), modality_mask)
+
+    def _features_of(self, collected, modality_mask=None):
         base = self.crossmodal
-        collected = base._collect_inputs(inputs)
         sizes = base._numbers_of_rows(collected)
         if len(set(sizes.values())) == 1:
             encoded, presence = base.encode(collected, modality_mask)
@@ -295,6 +297,10 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         inputs = {key: value for key, value in inputs.items() if value is not None} | named_inputs
         features, presence = self.features(inputs, modality_mask)
+        return self._output(features, presence, labels, return_loss, return_match)
+
+    def _output(self, features, presence, labels=None, return_loss=True, return_match=False):
+        """What forward returns, from the features of its rows."""
         embeds = {name: item.spread(item.embeddings) for name, item in features.items()}
         together = presence is not None and len(features) > 1
         output = CrossModalRetrievalOutput(modality_embeds=embeds)

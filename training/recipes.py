@@ -37,6 +37,8 @@ class Recipe:
             a folder shares them between runs.
         learning_rates: per modality encoder, `fusion` and `head`; others take `training.learning_rate`.
         training: arguments of transformers' TrainingArguments.
+        gradient_cache: of retrieval, rows that are encoded at a time: the contrast is over the whole batch all the same,
+            with the activations of so many rows in memory. None: the whole batch at once.
         warm_up: stages on other data before this run, a list of `dataset` with any of `rows`, `train_split`, `augment`,
             `rows_per_image`, `learning_rates`, `freeze`, `training`. The next stage takes over every weight but answers
             it does not share; or, with `keep`, only those components (as in `learning_rates`), and others start afresh:
@@ -63,6 +65,7 @@ class Recipe:
     learning_rates: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     early_stopping_patience: int | None = None
+    gradient_cache: int | None = None
     warm_up: list[dict] = field(default_factory=list)
     name: str = ""
 
@@ -94,6 +97,11 @@ class Recipe:
         if not isinstance(self.holdout, int | float) or not 0 <= self.holdout < 1:
             raise ValueError(
                 f"holdout={self.holdout!r} is no part of the training rows. Expected 0 to 1, for example 0.05."
+            )
+        if self.gradient_cache is not None and (self.task != "retrieval" or self.gradient_cache < 1):
+            raise ValueError(
+                f"gradient_cache={self.gradient_cache} with task={self.task!r}. Expected a number of rows for task 'retrieval'; "
+                "others have losses of single rows: use training.gradient_accumulation_steps."
             )
         if bool(self.model.get("preset")) == bool(self.model.get("encoders")):
             raise ValueError("model: give either `preset` or `encoders`, one of the two.")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .collator import SampleCollator
 from .datasets import GroupedSampler
+from .gradient_cache import backward_in_parts
 
 
 class TrainingDiverged(ValueError):
@@ -29,10 +31,12 @@ class CrossModalTrainer(Trainer):
         learning_rates: component to learning rate. Components are the modality names (their encoders), `fusion`
             (everything else of the base model) and `head`; those not named take `args.learning_rate`.
         rows_per_image: rows about one image that a training batch takes together, where the dataset has `groups`.
+        gradient_cache: of `CrossModalForRetrieval`, rows that are encoded at a time (see gradient_cache.py).
     """
 
-    def __init__(self, *args, learning_rates=None, rows_per_image=1, **kwargs):
+    def __init__(self, *args, learning_rates=None, rows_per_image=1, gradient_cache=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.gradient_cache = gradient_cache
         self.learning_rates = dict(learning_rates or {})
         self.rows_per_image = rows_per_image
         if self.args.n_gpu > 1 and hasattr(self.data_collator, "deduplicate"):
@@ -81,17 +85,43 @@ class CrossModalTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            if not loss.isfinite().all():
-                self._stop(f"the loss is {loss.detach().float().mean().item()}")
-            for kind, key in (("weight", "modality_weights"), ("auxiliary_loss", "auxiliary_losses")):
-                values = outputs.get(key) if hasattr(outputs, "get") else None
-                if values is not None:
-                    self._balance.setdefault(kind, []).append(
-                        values.detach().float().view(-1, values.shape[-1]).mean(0)
-                    )
-            for name, value in (outputs.get("losses") or {}).items() if hasattr(outputs, "get") else ():
-                self._parts.setdefault(name, []).append(value)
+            self._note(loss, outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.gradient_cache is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs, steps = self._prepare_inputs(inputs), self.current_gradient_accumulation_steps
+        # The hooks of DDP wait for every parameter in every backward: gradients are averaged here instead.
+        with model.no_sync() if hasattr(model, "no_sync") else nullcontext():
+            outputs = backward_in_parts(
+                self.accelerator.unwrap_model(model),
+                inputs,
+                self.gradient_cache,
+                self.accelerator.backward if self.accelerator.scaler is not None else None,
+                self.compute_loss_context_manager,
+                1 / steps,
+            )
+        self._note(outputs.loss, outputs)
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
+        return outputs.loss / steps
+
+    def _note(self, loss, outputs):
+        """Keeps what the log shows of a step of training, and stops at a loss that is no number."""
+        if not loss.isfinite().all():
+            self._stop(f"the loss is {loss.detach().float().mean().item()}")
+        for kind, key in (("weight", "modality_weights"), ("auxiliary_loss", "auxiliary_losses")):
+            values = outputs.get(key) if hasattr(outputs, "get") else None
+            if values is not None:
+                self._balance.setdefault(kind, []).append(values.detach().float().view(-1, values.shape[-1]).mean(0))
+        for name, value in (outputs.get("losses") or {}).items() if hasattr(outputs, "get") else ():
+            self._parts.setdefault(name, []).append(value)
 
     def _prepare_inputs(self, inputs):
         rows = inputs.pop("row_ids", None) if hasattr(inputs, "pop") else None
@@ -241,6 +271,7 @@ def fit(model, processor, task, train_dataset, eval_dataset, training, folder, r
         callbacks=callbacks,
         learning_rates=recipe.learning_rates,
         rows_per_image=recipe.rows_per_image,
+        gradient_cache=recipe.gradient_cache,
     )
     if eval_dataset is not None:
         _score_on(trainer, task, eval_dataset)
