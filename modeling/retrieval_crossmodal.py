@@ -6,7 +6,7 @@ Shipped to the Hub beside the weights: imports only torch, transformers and sibl
 
 import math
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, permutations
 
 import torch
 from torch import nn
@@ -406,20 +406,16 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
 
     def _contrastive_loss(self, embeds, presence, labels):
         """Mean over pairs of modalities and both directions, over the rows of all processes."""
-        everywhere = {}
-        for column, name in enumerate(self.config.modality_names):
-            # Every process takes part for every modality, also one that it has no row of.
-            there = slice(0, 0) if name not in embeds else presence[:, column]
-            own = embeds.get(name, labels.new_zeros(0, self.config.projection_dim, dtype=torch.float32))
-            rows = (own if name not in embeds else own[there], labels[there])
-            everywhere[name] = (*rows, *map(gather, rows))
+        some = next(iter(embeds.values()))
+        own = torch.stack([embeds.get(name, torch.zeros_like(some)) for name in self.config.modality_names], dim=1)
+        # All modalities in one exchange: processes that lack different ones must agree on the order of their gradients.
+        vectors, there, all_labels = gather(own), gather(presence), gather(labels)
         scale, losses = self.logit_scale(), []
-        for one, other in combinations(self.config.modality_names, 2):
-            for queries, keys in ((one, other), (other, one)):
-                own, own_labels, _, _ = everywhere[queries]
-                _, _, all_keys, key_labels = everywhere[keys]
-                losses.append(mean_over_ranks(*self._contrast(own, all_keys, scale, own_labels, key_labels)))
-        return self._mean(losses, labels)
+        for one, other in permutations(range(len(self.config.modality_names)), 2):
+            asks, offers = presence[:, one], there[:, other]
+            pair = (own[asks, one], vectors[offers, other], scale, labels[asks], all_labels[offers])
+            losses.append(mean_over_ranks(*self._contrast(*pair)))
+        return torch.stack(losses).mean()
 
     def _contrast(self, queries, keys, scale, query_labels, key_labels):
         """Sum over queries of the contrastive loss of the config, and how many counted."""

@@ -3,6 +3,7 @@
 import datasets
 import pytest
 import torch
+from crossmodal.training.building import train_tokenizer
 from crossmodal.training.collator import SampleCollator
 from crossmodal.training.datasets import AUGMENTATIONS, GroupedSampler, RowDataset, find_adapter, load_rows
 from crossmodal.training.recipes import Recipe
@@ -214,3 +215,14 @@ def test_misspelt_overrides_are_named_with_the_nearest_key(override, said):
 def test_an_unknown_recipe_is_named_with_those_there_are():
     with pytest.raises(ValueError, match="'vqa_eazy' is not among .* vqa_easy"):
         Recipe.load("vqa_eazy")
+
+
+def test_a_trained_tokenizer_is_the_same_every_time_and_spells_what_is_rare():
+    texts = ["a red box", "a red ball", "the Red box is left of a blue ball"] * 2 + ["zebra"]
+    first, *others = (train_tokenizer(texts, 40) for _ in range(4))
+    assert all(other.get_vocab() == first.get_vocab() for other in others)
+    assert first.tokenize("Red box") == ["red", "box"]
+    assert first.tokenize("zebra") == ["z", "##e", "##b", "##r", "##a"]
+    assert first.decode(first("zebra red")["input_ids"], skip_special_tokens=True) == "zebra red"
+    with pytest.raises(ValueError, match="vocab_size=10 has no room for the"):
+        train_tokenizer(texts, 10)

@@ -41,13 +41,64 @@ if trainer.is_world_process_zero():
 """
 
 
-def run(ranks, batch_size, out):
-    """What `_RUN` saved, run in so many ranks with `batch_size` rows each."""
+# Eight rows, of which ranks have an unequal part; some lack a modality, and the last rank has no image at all.
+_CONTRAST = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+import zoo
+from test_modeling import lively
+from crossmodal import CrossModalForRetrieval
+from crossmodal.training.gradient_cache import backward_in_parts
+
+ranks, rank = 1, 0
+if "RANK" in __import__("os").environ:
+    dist.init_process_group("gloo")
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+found = {}
+for loss, chunk, cached in (("info_nce", None, False), ("info_nce", 2, True), ("sigmoid", None, True)):
+    torch.manual_seed(0)
+    config = zoo.tiny_config("vision", "text", "eeg", projection_dim=8, matching_weight=0.0, contrastive_loss=loss,
+                             contrastive_chunk_size=chunk)
+    model = lively(CrossModalForRetrieval(config)).eval()
+    batch = zoo.tiny_batch(config, batch_size=8)
+    batch["labels"] = torch.tensor([[0, 0], [1, 1], [2, 0], [0, 3], [4, 4], [5, 5], [6, 1], [7, 7]])
+    batch["modality_mask"] = torch.ones(8, 3, dtype=torch.bool)
+    batch["modality_mask"][1, 0] = batch["modality_mask"][2, 2] = batch["modality_mask"][5:, 0] = False
+    if ranks > 1:
+        rows = slice(0, 5) if rank == 0 else slice(5, 8)
+        batch = {key: value[rows] for key, value in batch.items()}
+        if rank == 1 and not cached:
+            batch.pop("pixel_values")
+    if cached:
+        value = backward_in_parts(model, batch, 2).loss
+    else:
+        value = model(**batch).loss
+        value.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if ranks > 1:
+            dist.all_reduce(gradient)
+        gradients[name] = gradient / ranks
+    value = value.detach().clone()
+    if ranks > 1:
+        dist.all_reduce(value)
+    found[f"{loss}, {chunk}, {cached}"] = {"loss": value / ranks, **gradients}
+if rank == 0:
+    torch.save(found, sys.argv[2])
+"""
+
+
+def run(ranks, batch_size, out, code=_RUN):
+    """What `code` saved, run in so many ranks with `batch_size` rows each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = out.with_suffix(".py")
-    script.write_text(_RUN)
+    script.write_text(code)
     processes = []
     for rank in range(ranks):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -72,3 +123,13 @@ def test_two_ranks_train_as_one_process_does_though_one_lacks_images(tmp_path):
         torch.testing.assert_close(
             two["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_contrast_over_two_ranks_has_the_gradient_of_one_process_with_all_rows(tmp_path):
+    one, two = run(1, 8, tmp_path / "one", _CONTRAST), run(2, 4, tmp_path / "two", _CONTRAST)
+    assert len(one) == 3
+    for kind, expected in one.items():
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                two[kind][name], value, rtol=1e-4, atol=1e-6, msg=lambda text, at=f"{kind}: {name}": f"{at}: {text}"
+            )

@@ -1,5 +1,7 @@
 """A recipe to a model and its processor: encoders resolved, a tokenizer trained where the recipe asks for one."""
 
+from collections import Counter
+
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 import crossmodal
@@ -10,17 +12,30 @@ from ..processing.processing_crossmodal import CrossModalProcessor
 
 
 def train_tokenizer(texts, vocab_size=2000):
-    """A lower-casing WordPiece tokenizer with BERT's special tokens, trained on texts. For worlds small enough."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """A lower-casing WordPiece tokenizer with BERT's special tokens, made of texts. For worlds small enough.
+
+    Its vocabulary is every character, and the most frequent whole words; rarer ones are spelt. The trainers of `tokenizers`
+    decide ties by the order of a hash map, so that the same seed would not give the same model twice.
+
+    Raises:
+        ValueError: if vocab_size has no room for the characters.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    characters = sorted({character for word in counts for character in word})
+    pieces = special + characters + [f"##{character}" for character in characters]
+    if len(pieces) > vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size} has no room for the {len(pieces)} characters of these texts. Give more."
+        )
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    vocabulary = list(dict.fromkeys(pieces + words))[:vocab_size]
+    tokenizer = Tokenizer(models.WordPiece({token: n for n, token in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    )
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
