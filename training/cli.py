@@ -101,6 +101,77 @@ def predict(
 
 
 @app.command()
+def index(
+    model: _MODEL,
+    dataset: Annotated[str, typer.Option(help="Hub id, folder or file of images with texts.")],
+    output: Annotated[str, typer.Option(help="Folder of the index.")],
+    split: Annotated[str, typer.Option(help="Name of the split.")] = "train",
+    as_json: _JSON = False,
+):
+    """Index the images and texts of a dataset; a build that was cut off goes on where it was."""
+    _quiet()
+    from .datasets import load_rows
+    from .index import CrossModalIndex, index_rows
+
+    loaded, processor = _load(model, "CrossModalForRetrieval")
+    rows = load_rows(dataset, split)
+    built = CrossModalIndex(output, loaded, processor, source=model)
+    added = index_rows(built, rows)
+    for name, size in built.sizes.items():
+        _note(f"{name}: {size:,} in the index, {added.get(name, 0):,} of them new.")
+    if as_json:
+        _print_json({"sizes": built.sizes, "added": added})
+
+
+@app.command()
+def search(
+    folder: Annotated[str, typer.Argument(help="Folder of an index.")],
+    text: Annotated[str | None, typer.Option(help="Query by text.")] = None,
+    image: Annotated[str | None, typer.Option(help="Query by an image file.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where its model is; else where it was when it was built.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
+    rerank: Annotated[int, typer.Option(min=0, help="Candidates that cross-attention ranks again.")] = 32,
+    output: Annotated[str | None, typer.Option(help="Picture of the hits to write; needs --dataset.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The dataset of the index, for the picture.")] = None,
+    split: Annotated[str, typer.Option(help="Its split.")] = "train",
+    as_json: _JSON = False,
+):
+    """Search an index by text or by an image."""
+    if (text is None) == (image is None):
+        raise ValueError("a query needs --text '...' or --image FILE, one of the two.")
+    if output is not None and dataset is None:
+        raise ValueError("--output draws the images of the dataset that was indexed. Give it with --dataset.")
+    _quiet()
+    from .index import CrossModalIndex, source_of
+
+    source = model or source_of(folder)
+    if source is None:
+        raise ValueError(f"the index {folder!r} does not say where its model is. Give it with --model.")
+    loaded, processor = _load(source, "CrossModalForRetrieval")
+    found = CrossModalIndex(folder, loaded, processor)
+    from ..processing.processing_crossmodal import read_image
+
+    query = {"text": text} if image is None else {"images": read_image(image)}
+    hits = found.search(top_k=top_k, rerank=rerank, **query)
+    if output is not None:
+        from .datasets import RowDataset, load_rows
+        from .pictures import search_grid
+
+        samples = RowDataset(load_rows(dataset, split), "retrieval")
+        place = {row: n for n, (row, _) in reversed(list(enumerate(samples.places)))}
+        images = [samples.input_of(place[hit["row"]], "images") for hit in hits]
+        search_grid(text or f"images and texts like {Path(image).name}", hits, images, output)
+        _note(f"picture: {output}")
+    if as_json:
+        _print_json(hits)
+        return
+    for hit in hits:
+        print(
+            f"{hit['score']:8.3f}  {hit['similarity']:6.3f}  row {hit['row']}  {hit.get('text') or ' | '.join(hit['texts'])}"
+        )
+
+
+@app.command()
 def explain(
     model: _MODEL,
     image: Annotated[str | None, typer.Option(help="Path of an image.")] = None,
@@ -361,8 +432,8 @@ def demo(
         _print_json(table)
 
 
-def _load(source):
-    """A head of the family and its processor, from a folder or the Hub."""
+def _load(source, wanted=None):
+    """A head of the family (`wanted`, or any) and its processor, from a folder or the Hub."""
     from transformers import AutoConfig
 
     import crossmodal
@@ -383,6 +454,8 @@ def _load(source):
         raise ValueError(
             f"{source!r} holds a {head} of type {config.model_type!r}. Expected a head of the CrossModal family."
         )
+    if wanted is not None and head != wanted:
+        raise ValueError(f"{source!r} holds a {head}. Expected a {wanted}.")
     model = getattr(crossmodal, head).from_pretrained(source)
     return model, CrossModalProcessor.from_pretrained(source)
 

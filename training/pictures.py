@@ -102,6 +102,43 @@ def answer_grid(records: Sequence[Record], path: str | os.PathLike, title: str |
     return save(figure, Path(path))
 
 
+def search_grid(
+    query: str, hits: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], path: str | os.PathLike
+) -> Path:
+    """Draws what a search found, best first, each image with its score and a text, and writes it to `path`.
+
+    Args:
+        query: what was asked, a line above the grid. hits: of `CrossModalIndex.search`. images: one of each hit.
+
+    Returns:
+        The path written.
+    """
+    if not hits or len(hits) != len(images):
+        raise ValueError(f"{len(hits)} hits and {len(images)} images. Expected as many, and at least one.")
+    from matplotlib.figure import Figure
+
+    columns, side = min(len(hits), 5), 1.7
+    cell = side + 2 * _TEXT_LINE + _GAP
+    rows = -(-len(hits) // columns)
+    width = max(2 * MARGIN + columns * (side + _GAP) - _GAP, 5.0)
+    title = _wrap(query, width - 2 * MARGIN, 2, size=13, weight="bold")
+    height = 2 * MARGIN + len(title) * TITLE_LINE + rows * cell - _GAP
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
+    page = figure.add_axes((0, 0, 1, 1))
+    page.set_axis_off()
+    for line, words in enumerate(title):
+        _write(page, MARGIN, MARGIN + (line + 0.3) * TITLE_LINE, words, size=13, weight="bold")
+    for place, (hit, image) in enumerate(zip(hits, images, strict=True)):
+        left = MARGIN + place % columns * (side + _GAP)
+        top = MARGIN + len(title) * TITLE_LINE + place // columns * cell
+        _show(page, image.convert("RGB"), left, top, side, side)
+        caption = hit.get("text") or next((text for text in hit.get("texts") or () if text), "")
+        _write(page, left, top + side + 0.6 * _TEXT_LINE, f"{place + 1}.  {hit['score']:.2f}", size=8, color=MUTED)
+        _write(page, left, top + side + 1.5 * _TEXT_LINE, caption, size=8, room=side)
+    page.set(xlim=(0, width), ylim=(height, 0))
+    return save(figure, Path(path))
+
+
 def explanation_picture(record: Record, path: str | os.PathLike, words: Sequence[str] | None = None) -> Path:
     """Draw what `explain.explain` returns: the answer, where each word looked, which words counted, gates and weights.
 

@@ -1,0 +1,168 @@
+"""The index: what it finds is what the model finds, it survives being cut off, and says what is wrong with it."""
+
+import json
+
+import pytest
+import torch
+from crossmodal.training.index import CrossModalIndex
+from test_retrieval_evaluation import pair_rows, trained  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def world(trained):  # noqa: F811
+    rows = pair_rows(6, texts=1)
+    return (
+        trained[1]["model"],
+        trained[1]["processor"],
+        [row["image"] for row in rows],
+        [row["captions"][0] for row in rows],
+    )
+
+
+@pytest.fixture
+def index(world, tmp_path):
+    model, processor, images, texts = world
+    index = CrossModalIndex(tmp_path / "index", model, processor)
+    index.add("vision", images, [{"title": text} for text in texts], batch_size=4)
+    index.add("text", texts, [{"text": text} for text in texts])
+    return index
+
+
+def test_search_finds_what_the_model_ranks_first_both_ways(index, world):
+    model, processor, images, texts = world
+    for image, text in zip(images, texts, strict=True):
+        for query, others, shown in (
+            ({"text": text}, {"images": images, "text": [text] * 6}, "title"),
+            ({"images": image}, {"images": [image] * 6, "text": texts}, "text"),
+        ):
+            with torch.no_grad():
+                expected = model.rank(model.features(dict(processor(**others)))[0])
+            hits = index.search(**query, top_k=6)
+            found = torch.tensor([hit["score"] for hit in hits])
+            assert [hit[shown] for hit in hits] == [texts[i] for i in expected.argsort(descending=True)]
+            # Tokens are kept in half precision.
+            torch.testing.assert_close(found, expected.sort(descending=True).values, rtol=1e-2, atol=1e-2)
+
+
+def test_several_queries_at_once_are_those_queries_one_by_one(index, world):
+    texts = world[3]
+    together = index.search(text=texts, top_k=3, rerank=2)
+    for text, hits in zip(texts, together, strict=True):
+        alone = index.search(text=text, top_k=3, rerank=2)
+        assert [hit["title"] for hit in alone] == [hit["title"] for hit in hits]
+        assert [h["score"] for h in hits] == sorted((h["score"] for h in hits), reverse=True)
+        assert [h["score"] for h in alone] == pytest.approx([h["score"] for h in hits], rel=1e-4)
+
+
+def test_without_ranking_again_the_order_is_that_of_similarity(index, world):
+    hits = index.search(text=world[3][0], top_k=6, rerank=0)
+    assert [hit["score"] for hit in hits] == [hit["similarity"] for hit in hits]
+
+
+def test_inputs_of_one_modality_are_compared_by_embedding(index, world):
+    hits = index.search(images=world[2][2], target="vision", top_k=2)
+    assert hits[0]["title"] == world[3][2] and hits[0]["similarity"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_duplicates_are_left_out_and_more_than_there_is_may_be_asked_for(index, world):
+    assert index.add("vision", world[2][:3] * 2) == 0
+    assert index.sizes == {"vision": 6, "text": 6}
+    assert len(index.search(text="red and blue", top_k=100, rerank=100)) == 6
+
+
+def test_an_index_is_read_from_its_folder(index, world):
+    again = CrossModalIndex(index.folder, world[0], world[1])
+    assert again.sizes == index.sizes
+    query = world[3][4]
+    assert again.search(text=query, top_k=4) == index.search(text=query, top_k=4)
+
+
+def test_a_build_that_was_cut_off_goes_on(index, world, tmp_path, monkeypatch):
+    from crossmodal.training import index as module
+
+    model, processor, images, texts = world
+    monkeypatch.setattr(module, "_PART", 2)
+    partial, calls = CrossModalIndex(tmp_path / "cut", model, processor), []
+    whole = module._features
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(module, "_features", dies)
+    with pytest.raises(KeyboardInterrupt):
+        partial.add("vision", images, [{"title": text} for text in texts], batch_size=2)
+    again = CrossModalIndex(tmp_path / "cut", model, processor)
+    assert again.sizes == {"vision": 4}
+    assert again.add("vision", images, [{"title": text} for text in texts], batch_size=2) == 2
+    for text in texts:
+        expected = index.search(text=text, top_k=6)
+        assert [hit["title"] for hit in again.search(text=text, top_k=6)] == [hit["title"] for hit in expected]
+
+
+def test_what_is_wrong_with_an_index_or_a_query_is_said(index, world, tmp_path):
+    model, processor, images, texts = world
+    with pytest.raises(ValueError, match="Expected exactly one of"):
+        index.search(audio="x")
+    with pytest.raises(ValueError, match="Expected exactly one of"):
+        index.search(text="a", images=images[0])
+    empty = CrossModalIndex(tmp_path / "empty", model, processor)
+    with pytest.raises(ValueError, match="is empty"):
+        empty.search(text="a")
+    empty.add("text", texts)
+    with pytest.raises(ValueError, match="does not hold anything but 'text'.*It holds"):
+        empty.search(text="a")
+    with pytest.raises(ValueError, match="3 items for 6 inputs"):
+        empty.add("text", texts, [{}] * 3)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    with pytest.raises(ValueError, match="is no index"):
+        CrossModalIndex(tmp_path / "other", model, processor)
+    tokens = next((index.folder / "vision").glob("*.tokens.npy"))
+    tokens.write_bytes(tokens.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="cut off"):
+        CrossModalIndex(index.folder, model, processor)
+    tokens.unlink()
+    with pytest.raises(ValueError, match="missing"):
+        CrossModalIndex(index.folder, model, processor)
+
+
+def test_an_index_of_another_model_is_refused(index, world):
+    listing = index.folder / "index.json"
+    listing.write_text(json.dumps(json.loads(listing.read_text()) | {"model": "another"}))
+    with pytest.raises(ValueError, match="is of another model"):
+        CrossModalIndex(index.folder, world[0], world[1])
+    listing.write_text("{")
+    with pytest.raises(ValueError, match="no listing of an index"):
+        CrossModalIndex(index.folder, world[0], world[1])
+
+
+def test_the_command_line_indexes_a_dataset_and_searches_it(trained, tmp_path, capsys):  # noqa: F811
+    from PIL import Image
+    from test_cli import run
+
+    data, rows = tmp_path / "data", pair_rows(12)
+    data.mkdir()
+    rows.to_parquet(data / "train.parquet")
+    rows[0]["image"].save(tmp_path / "query.png")
+    where = ["--dataset", data]
+    assert run("index", trained[0], *where, "--output", tmp_path / "shop", "--json") == 0
+    # Pictures and captions repeat: each is there once.
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["sizes"] == {"vision": 6, "text": 12}
+    picture = tmp_path / "hits.png"
+    command = ("search", tmp_path / "shop", "--top-k", 3, "--json")
+    assert run(*command, "--text", "red and blue", *where, "--output", picture) == 0
+    hits = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(hits) == 3 and all("row" in hit and hit["texts"] for hit in hits)
+    assert Image.open(picture).size[0] > 400
+    assert run(*command, "--image", tmp_path / "query.png") == 0
+    assert all(hit["text"] for hit in json.loads(capsys.readouterr().out.splitlines()[-1]))
+    for arguments, said in (
+        (("search", tmp_path / "shop"), "one of the two"),
+        (("search", tmp_path / "nothing", "--text", "a"), "holds no index"),
+        ((*command, "--text", "a", "--output", picture), "Give it with --dataset"),
+    ):
+        assert run(*arguments) == 2
+        assert said in capsys.readouterr().err

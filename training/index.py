@@ -1,0 +1,365 @@
+"""An index of what a retrieval model knows of many inputs: embeddings to find candidates, tokens to rank them.
+
+On disk a folder per modality, of parts that are whole once `index.json` names them:
+
+    index.json                      the model it is of, and every part with its sizes
+    <modality>/<n>.embeddings.npy   (N,E) float32, length 1
+    <modality>/<n>.tokens.npy       (sum of all T, L * D) float16, the L levels side by side, read where they lie
+    <modality>/<n>.offsets.npy      (N + 1,)
+    <modality>/<n>.items.jsonl      what to show of each: {"key": hash of the input, ...}
+
+Letters: N inputs, Q queries, E projection_dim, T tokens, L levels, D hidden_size.
+"""
+
+import bisect
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..modeling.retrieval_crossmodal import ModalityFeatures
+from .datasets import RowDataset
+from .retrieval import inputs_of
+from .token_cache import content_key
+
+
+_PART = 1024
+# From so many queries on a matrix product beats FAISS's scan.
+_MANY_QUERIES = 16
+
+
+def model_key(model):
+    """Hash of the weights and the config that features depend on."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def source_of(folder):
+    """Where the model of an index is loaded from, or None. Raises ValueError if the folder holds no index."""
+    listing = Path(folder) / "index.json"
+    if not listing.exists():
+        raise ValueError(
+            f"{str(folder)!r} holds no index. Build one with `crossmodal index MODEL --dataset D --output {folder}`."
+        )
+    return json.loads(listing.read_text()).get("source")
+
+
+def index_rows(index, rows, progress=True):
+    """Adds every image and text of a dataset, each with the texts and the row that it came with.
+
+    index: CrossModalIndex. rows: of a schema of the task "retrieval". Returns {modality: how many were new}.
+    """
+    samples, added = RowDataset(rows, "retrieval"), {}
+    first, _ = inputs_of(samples.targets)
+    texts = {}
+    for target in samples.targets:
+        texts.setdefault(str(target["id"]), []).append(dict(target["keys"]).get("text"))
+    for name in index.model.config.modality_names[:2]:
+        argument = index.processor.argument_of(name)
+        column = _Column(
+            samples, argument, first if name == index.model.config.modality_names[0] else range(len(samples))
+        )
+        items = [
+            {"row": samples.places[row][0], "texts": texts[str(samples.targets[row]["id"])][:5]}
+            | ({"text": column[place]} if argument == "text" else {})
+            for place, row in enumerate(column.rows)
+        ]
+        added[name] = index.add(name, column, items, progress=progress)
+    return added
+
+
+class _Column(Sequence):
+    """One input of some rows, decoded when it is read."""
+
+    def __init__(self, samples, argument, rows):
+        self.samples, self.argument, self.rows = samples, argument, list(rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        return self.samples.input_of(self.rows[place], self.argument)
+
+
+class CrossModalIndex:
+    """Inputs of one or more modalities, searched by any other.
+
+    Args:
+        folder: of the index; made if it is not there, continued if it is one of this model.
+        model: CrossModalForRetrieval. processor: its processor.
+        source: where the model is loaded from (folder or Hub id), kept in the index for `source_of`.
+
+    Raises:
+        ValueError: for an index of another model, and one of which a file is missing or cut off.
+
+    Example:
+        >>> index = CrossModalIndex("shop", model, processor)
+        >>> index.add("vision", images, [{"title": title} for title in titles])
+        >>> index.search(text="a red shirt", top_k=5)
+        [{"score": 9.1, "similarity": 0.43, "title": "..."}, ...]
+    """
+
+    def __init__(self, folder, model, processor, source=None):
+        self.folder, self.model, self.processor, self.source = Path(folder), model.eval(), processor, source
+        self.stores = {name: _Store(self.folder / name) for name in model.config.modality_names}
+        self._key = model_key(model)
+        listing = self.folder / "index.json"
+        if listing.exists():
+            try:
+                found = json.loads(listing.read_text())
+                made_by, parts = found["model"], found["parts"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{str(listing)!r} is no listing of an index. Build the index anew.") from error
+            if made_by != self._key:
+                raise ValueError(
+                    f"the index {str(folder)!r} is of another model, or of this one before it was trained further. Build it "
+                    "anew with this model, or search it with its own."
+                )
+            for name, own in parts.items():
+                self.stores[name].open(own)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{str(folder)!r} holds files and is no index. Choose an empty folder.")
+
+    def __len__(self):
+        return sum(len(store) for store in self.stores.values())
+
+    @property
+    def sizes(self):
+        """{modality: how many inputs}, of modalities that it holds."""
+        return {name: len(store) for name, store in self.stores.items() if len(store)}
+
+    @torch.inference_mode()
+    def add(self, modality, inputs, items=None, batch_size=64, progress=False):
+        """Adds inputs of a modality; those that are there already are left out.
+
+        Args:
+            modality: name. inputs: raw values as the processor takes them. items: dict of what to keep beside each.
+
+        Returns:
+            how many were new. A build that is cut off keeps the parts that were whole: add the same inputs again.
+        """
+        self.model.crossmodal._known([modality])
+        store, argument = self.stores[modality], self.processor.argument_of(modality)
+        items = [{} for _ in inputs] if items is None else items
+        if len(items) != len(inputs):
+            raise ValueError(f"{len(items)} items for {len(inputs)} inputs. Give one for each, or none.")
+        new, seen = [], set()
+        for place in range(len(inputs)):
+            key = content_key(inputs[place])
+            if key not in store and key not in seen:
+                seen.add(key)
+                new.append((place, key))
+        with tqdm(total=len(new), desc=f"index of {modality}", disable=not progress, leave=False) as bar:
+            for start in range(0, len(new), _PART):
+                part, chunk = [], new[start : start + _PART]
+                for first in range(0, len(chunk), batch_size):
+                    places = chunk[first : first + batch_size]
+                    batch = self.processor(**{argument: [inputs[place] for place, _ in places]}).to(self.model.device)
+                    part.append(_features(self.model, modality, batch))
+                    bar.update(len(places))
+                store.write(part, [{"key": key, **items[place]} for place, key in chunk])
+                self._list()
+        return len(new)
+
+    def _list(self):
+        listing = {
+            "source": self.source,
+            "model": self._key,
+            "parts": {name: store.parts for name, store in self.stores.items()},
+        }
+        aside = self.folder / "index.json.writing"
+        aside.write_text(json.dumps(listing, indent=1))
+        os.replace(aside, self.folder / "index.json")
+
+    @torch.inference_mode()
+    def search(self, top_k=10, rerank=32, target=None, **query):
+        """The inputs that fit a query best.
+
+        Args:
+            query: one argument of the processor: `text="..."`, `images=image`, ...; a list for several queries at once.
+            top_k: how many. rerank: how many of those that embeddings find are ranked by cross-attention (0: none).
+            target: modality to search; None: the first that the index holds and the query is not of.
+
+        Returns:
+            a list of dicts, best first: `score` (by which they are ordered), `similarity` (of the embeddings) and the item; for
+            a list of queries a list of them.
+
+        Raises:
+            ValueError: for an empty index, and for a query that nothing in the index can be compared with.
+        """
+        modality, values = self._modality_of(query)
+        many = isinstance(values, list)
+        values = values if many else [values]
+        target = self._target(modality, target)
+        store = self.stores[target]
+        if top_k < 1 or rerank < 0:
+            raise ValueError(f"top_k={top_k}, rerank={rerank}. Expected at least 1 and 0.")
+        batch = self.processor(**{self.processor.argument_of(modality): values}).to(self.model.device)
+        found = self.model.features(batch)[0][modality]
+        queries = found.spread(found.embeddings).float().cpu()
+        # Inputs of one modality have no cross-attention with each other.
+        rerank = 0 if target == modality else min(rerank, len(store))
+        similarities, rows = store.nearest(queries, min(max(top_k, rerank), len(store)))
+        scores = similarities
+        if rerank:
+            pairs = rows[:, :rerank]
+            asked = torch.arange(len(values)).repeat_interleave(rerank).to(self.model.device)
+            features = {modality: found.at(asked), target: store.features(pairs.flatten(), self.model)}
+            ordered = {name: features[name] for name in self.model.config.modality_names if name in features}
+            ranked = self.model.rank(ordered).float().cpu().view(len(values), rerank)
+            # What was not ranked again keeps its order below.
+            below = ranked.amin(dim=1, keepdim=True).clamp(max=0.0) + similarities[:, rerank:] - 2.0
+            scores = torch.cat([ranked, below], dim=1)
+        order = scores.argsort(dim=1, descending=True)[:, :top_k]
+        hits = [
+            [
+                {"score": float(scores[q, n]), "similarity": float(similarities[q, n]), **store.item(int(rows[q, n]))}
+                for n in order[q].tolist()
+            ]
+            for q in range(len(values))
+        ]
+        return hits if many else hits[0]
+
+    def _modality_of(self, query):
+        names = {self.processor.argument_of(name): name for name in self.model.config.modality_names}
+        given = {key: value for key, value in query.items() if value is not None}
+        if len(given) != 1 or next(iter(given)) not in names:
+            raise ValueError(f"a query by {sorted(given) or 'nothing'}. Expected exactly one of {sorted(names)}.")
+        key, value = next(iter(given.items()))
+        return names[key], value
+
+    def _target(self, modality, target):
+        if not len(self):
+            raise ValueError(f"the index {str(self.folder)!r} is empty. Add inputs to it first.")
+        held = list(self.sizes)
+        if target is None:
+            target = next((name for name in held if name != modality), None)
+        if target not in held:
+            wanted = (
+                f"modality {target!r}"
+                if target
+                else f"anything but {modality!r} to compare a query of {modality!r} with"
+            )
+            raise ValueError(f"the index {str(self.folder)!r} does not hold {wanted}. It holds {held}.")
+        return target
+
+
+def _features(model, modality, batch):
+    """(embeddings (n,E), [tokens (T,L*D) of each], L) of a batch, on the CPU."""
+    found = model.features(batch)[0][modality]
+    tokens = torch.cat(found.levels, dim=-1).half().cpu()
+    real = [row if found.mask is None else row[found.mask[i].cpu()] for i, row in enumerate(tokens)]
+    return found.embeddings.float().cpu(), real, len(found.levels)
+
+
+class _Store:
+    """Features of the inputs of one modality."""
+
+    def __init__(self, folder):
+        self.folder, self.parts, self.keys, self.items = folder, [], set(), []
+        self.starts, self._tokens, self._offsets, self._embeddings, self._faiss = [0], [], [], [], None
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def __contains__(self, key):
+        return key in self.keys
+
+    def _paths(self, name):
+        return {
+            kind: self.folder / f"{name}.{kind}"
+            for kind in ("embeddings.npy", "tokens.npy", "offsets.npy", "items.jsonl")
+        }
+
+    def open(self, parts):
+        for part in parts:
+            for kind, path in self._paths(part["name"]).items():
+                size = path.stat().st_size if path.exists() else None
+                if size != part["bytes"][kind]:
+                    raise ValueError(
+                        f"{str(path)!r} of the index is {'missing' if size is None else 'cut off'}: {size} bytes of "
+                        f"{part['bytes'][kind]}. Copy the index again, or build it anew."
+                    )
+            self._read(part)
+
+    def _read(self, part):
+        paths = self._paths(part["name"])
+        self._embeddings.append(torch.from_numpy(np.load(paths["embeddings.npy"])))
+        self._tokens.append(np.load(paths["tokens.npy"], mmap_mode="r"))
+        self._offsets.append(np.load(paths["offsets.npy"]))
+        own = [json.loads(line) for line in paths["items.jsonl"].read_text().splitlines()]
+        self.items += own
+        self.keys |= {item["key"] for item in own}
+        self.starts.append(self.starts[-1] + len(own))
+        self.parts.append(part)
+        self._faiss = None
+
+    def write(self, batches, items):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        embeddings, tokens, levels = zip(*batches, strict=True)
+        tokens = [one for some in tokens for one in some]
+        arrays = {
+            "embeddings.npy": torch.cat(embeddings).numpy(),
+            "tokens.npy": torch.cat(tokens).numpy(),
+            "offsets.npy": np.cumsum([0, *map(len, tokens)]),
+        }
+        name = f"{len(self.parts):05d}"
+        paths = self._paths(name)
+        for kind, array in arrays.items():
+            np.save(paths[kind], array)
+        paths["items.jsonl"].write_text("".join(json.dumps(item, default=str) + "\n" for item in items))
+        sizes = {kind: path.stat().st_size for kind, path in paths.items()}
+        self._read({"name": name, "count": len(items), "levels": levels[0], "bytes": sizes})
+
+    def item(self, row):
+        return {key: value for key, value in self.items[row].items() if key != "key"}
+
+    def nearest(self, queries, k):
+        """Similarities and rows, each (Q,k), best first; exact."""
+        if len(self._embeddings) > 1:
+            self._embeddings = [torch.cat(self._embeddings)]
+        candidates = self._embeddings[0]
+        if len(queries) < _MANY_QUERIES and _faiss() is not None:
+            if self._faiss is None:
+                self._faiss = _faiss().IndexFlatIP(candidates.shape[1])
+                self._faiss.add(candidates.numpy())
+            scores, rows = self._faiss.search(queries.numpy(), k)
+            return torch.from_numpy(scores), torch.from_numpy(rows)
+        return (queries @ candidates.T).topk(k, dim=1)
+
+    def features(self, rows, model):
+        """ModalityFeatures of `rows` (P,), each distinct one once, on the device of a model."""
+        used, index = rows.unique(return_inverse=True)
+        tokens = []
+        for row in used.tolist():
+            part = bisect.bisect_right(self.starts, row) - 1
+            first, last = self._offsets[part][row - self.starts[part] :][:2]
+            tokens.append(torch.from_numpy(np.array(self._tokens[part][first:last])))
+        lengths = torch.tensor([len(one) for one in tokens])
+        padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device, model.dtype)
+        mask = None
+        if (lengths != lengths[0]).any():
+            mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(model.device)
+        if len(self._embeddings) > 1:
+            self._embeddings = [torch.cat(self._embeddings)]
+        embeddings = self._embeddings[0][used].to(model.device)
+        levels = list(padded.chunk(self.parts[0]["levels"], dim=-1))
+        return ModalityFeatures(embeddings, levels, None, mask, index.to(model.device))
+
+
+def _faiss():
+    """The module, if it is installed."""
+    try:
+        import faiss
+    except ImportError:
+        return None
+    return faiss
