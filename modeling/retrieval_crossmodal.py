@@ -82,6 +82,26 @@ class ModalityFeatures:
     def spread(self, values):
         return EncodedModality([], index=self.index, present=self.present).spread(values)
 
+    def alone(self, row):
+        """The features of one row of the batch, without its padding."""
+        row = row if self.index is None else self.index[row]
+        real = slice(None) if self.mask is None else self.mask[row]
+        tokens = None if self.tokens is None else self.tokens[row, real][None]
+        return ModalityFeatures(self.embeddings[row][None], [level[row, real][None] for level in self.levels], tokens)
+
+    @classmethod
+    def together(cls, items):
+        """Features of single rows (see `alone`) as those of one batch, padded. Their `tokens` are left out."""
+        lengths = torch.tensor([item.levels[0].shape[1] for item in items])
+        device = items[0].embeddings.device
+        levels = [
+            nn.utils.rnn.pad_sequence([level[0] for level in depth], batch_first=True)
+            for depth in zip(*(item.levels for item in items), strict=True)
+        ]
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+        embeddings = torch.cat([item.embeddings for item in items])
+        return cls(embeddings, levels, None, None if mask.all() else mask)
+
 
 class Temperature(nn.Module):
     """exp(a) for learned a, at most 100 (CLIP, Radford et al. 2021, arXiv 2103.00020), and the bias of SigLIP."""
@@ -170,6 +190,13 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             raise ValueError(
                 f"CrossModalForRetrieval compares modalities, and modality_names={config.modality_names} has one. Give two."
             )
+        config.custom_pipelines = {
+            "crossmodal-retrieval": {
+                "impl": "pipeline_crossmodal.CrossModalRetrievalPipeline",
+                "pt": ["AutoModelForZeroShotImageClassification"],
+                "type": "multimodal",
+            }
+        }
         self.crossmodal = CrossModalModel(config, encoders)
         self.main_input_name = self.crossmodal.main_input_name
         self.towers = nn.ModuleDict({name: ModalityTower(config) for name in config.modality_names})

@@ -5,6 +5,7 @@ Shipped to the Hub beside the weights: imports only torch, transformers and sibl
 
 from collections.abc import Sized
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
@@ -109,6 +110,95 @@ class CrossModalVQAPipeline(CrossModalPipeline):
             return answers
         weights = output["modality_weights"][0].float().tolist()
         return {"answers": answers, "modality_weights": dict(zip(config.modality_names, weights, strict=True))}
+
+
+class CrossModalRetrievalPipeline(CrossModalPipeline):
+    """Candidates of one modality, ranked for a query of another by embeddings and cross-attention.
+
+    Example:
+        >>> pipe = pipeline(model=folder, trust_remote_code=True)
+        >>> pipe(image=image, candidates=["a red shirt", "blue shoes"])
+        [{'score': 7.1, 'similarity': 0.61, 'index': 0, 'candidate': 'a red shirt'}, ...]
+        >>> pipe(text="a red shirt", candidates=[image, other], top_k=1)
+    """
+
+    def _sanitize_parameters(self, **kwargs):
+        return {}, {}, {}
+
+    def __call__(self, candidates=None, top_k=None, batch_size=64, **query):
+        """Ranks candidates for one query or several.
+
+        Args:
+            candidates: a list; or `{argument: list}` with the argument of the processor, where the model has more than two
+                modalities. They are encoded once for all queries.
+            top_k: how many to return (None: all). batch_size: inputs and pairs per forward.
+            query: one modality, as `image=`, `text=`, `audio=`, ...: a value, or a list of several queries.
+
+        Returns:
+            a list of `{"score", "similarity", "index", "candidate"}`, best first; for several queries a list of them.
+
+        Raises:
+            ValueError: for no candidate, and for a query that is not of exactly one modality of the model.
+        """
+        names = {self.processor.argument_of(name): name for name in self.model.config.modality_names}
+        given = {self._aliases.get(key, key): value for key, value in query.items() if value is not None}
+        if len(given) != 1 or next(iter(given)) not in names:
+            raise ValueError(f"a query by {sorted(given) or 'nothing'}. Expected exactly one of {sorted(names)}.")
+        argument, values = next(iter(given.items()))
+        if not isinstance(candidates, dict):
+            candidates = {next(key for key in names if key != argument): candidates}
+        offered, values_offered = next(iter(candidates.items()))
+        offered = self._aliases.get(offered, offered)
+        if offered not in names or offered == argument or not values_offered:
+            raise ValueError(
+                f"candidates of {offered!r}: {len(values_offered or ())}. Expected at least one, of any of "
+                f"{sorted(set(names) - {argument})}."
+            )
+        many = isinstance(values, list | tuple)
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k}. Expected at least 1.")
+        with self.device_placement(), torch.inference_mode():
+            asked = self._features(argument, list(values) if many else [values], batch_size)
+            store = self._features(offered, list(values_offered), batch_size)
+            hits = [
+                self._hits(names[argument], one, names[offered], store, list(values_offered), top_k, batch_size)
+                for one in asked
+            ]
+        return hits if many else hits[0]
+
+    def _forward(self, batch):
+        return self.model(**batch, return_loss=False)
+
+    def postprocess(self, output):
+        return output.modality_embeds
+
+    def _features(self, argument, values, batch_size):
+        """ModalityFeatures of each value by itself, without padding."""
+        name = next(n for n in self.model.config.modality_names if self.processor.argument_of(n) == argument)
+        found = []
+        for start in range(0, len(values), batch_size):
+            batch = self.processor(**{argument: values[start : start + batch_size]}).to(self.device)
+            features = self.model.features(dict(batch))[0][name]
+            rows = torch.arange(len(features), device=self.device)
+            found += [features.alone(row) for row in rows]
+        return found
+
+    def _hits(self, name, query, other, store, values, top_k, batch_size):
+        scores, similarities = [], []
+        for start in range(0, len(store), batch_size):
+            part = store[start : start + batch_size]
+            candidates = type(query).together(part)
+            rows = torch.zeros(len(part), dtype=torch.long, device=self.device)
+            pairs = {name: query.at(rows), other: candidates}
+            pairs = {key: pairs[key] for key in self.model.config.modality_names if key in pairs}
+            scores.append(self.model.rank(pairs).float().cpu())
+            similarities.append(self.model.similarity(pairs).float().cpu())
+        scores, similarities = torch.cat(scores), torch.cat(similarities)
+        best = scores.argsort(descending=True)[:top_k].tolist()
+        return [
+            {"score": scores[i].item(), "similarity": similarities[i].item(), "index": i, "candidate": values[i]}
+            for i in best
+        ]
 
 
 def _is_image(value):

@@ -204,3 +204,41 @@ def test_every_schema_of_pairs_gives_a_sample_per_text():
 def test_right_pairs_share_a_key():
     right = RightPairs([{1}, {2}], [{2}, {1, 2}, {3}])
     assert right(torch.tensor([0, 1]), torch.tensor([0, 1, 2])).tolist() == [[False, True, False], [True, True, False]]
+
+
+def test_the_shipped_pipeline_ranks_candidates_as_the_model_does(trained):
+    folder, result = trained
+    model, processor = result["model"], result["processor"]
+    code = """
+from PIL import Image
+from transformers import pipeline
+import json
+image = Image.open(sys.argv[2])
+pipe = pipeline(model=sys.argv[1], trust_remote_code=True)
+texts = ["red and blue", "green and red", "left blue right green"]
+hits = pipe(image=[image, image], candidates=texts, batch_size=2)
+back = pipe(text="red and blue", candidates=[image, image.transpose(0)], top_k=1)
+try:
+    pipe(image=image, text="both", candidates=texts)
+except ValueError as error:
+    said = str(error)
+print(json.dumps([hits, len(back), sorted(back[0]), said]))
+"""
+    image = pair_rows(1)[0]["image"]
+    image.save(folder.parent / "query.png")
+    hits, count, keys, said = json.loads(
+        run_as_stranger(code, folder, folder.parent / "query.png", cwd=folder.parent).splitlines()[-1]
+    )
+    texts = ["red and blue", "green and red", "left blue right green"]
+    with torch.no_grad():
+        features, _ = model.features(dict(processor(images=[image] * 3, text=texts)))
+        expected, similarity = model.rank(features), model.similarity(features)
+    order = expected.argsort(descending=True).tolist()
+    for found in hits:
+        assert [hit["index"] for hit in found] == order and [hit["candidate"] for hit in found] == [
+            texts[i] for i in order
+        ]
+        assert [hit["score"] for hit in found] == pytest.approx(expected[order].tolist(), rel=1e-3, abs=1e-3)
+        assert [hit["similarity"] for hit in found] == pytest.approx(similarity[order].tolist(), abs=1e-4)
+    assert count == 1 and keys == ["candidate", "index", "score", "similarity"]
+    assert "exactly one of" in said

@@ -20,12 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from ..modeling.retrieval_crossmodal import ModalityFeatures
 from .datasets import RowDataset
-from .retrieval import inputs_of
+from .retrieval import features_from, inputs_of
 from .token_cache import content_key
 
 
@@ -344,16 +342,9 @@ class _Store:
             part = bisect.bisect_right(self.starts, row) - 1
             first, last = self._offsets[part][row - self.starts[part] :][:2]
             tokens.append(torch.from_numpy(np.array(self._tokens[part][first:last])))
-        lengths = torch.tensor([len(one) for one in tokens])
-        padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device, model.dtype)
-        mask = None
-        if (lengths != lengths[0]).any():
-            mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(model.device)
         if len(self._embeddings) > 1:
             self._embeddings = [torch.cat(self._embeddings)]
-        embeddings = self._embeddings[0][used].to(model.device)
-        levels = list(padded.chunk(self.parts[0]["levels"], dim=-1))
-        return ModalityFeatures(embeddings, levels, None, mask, index.to(model.device))
+        return features_from(self._embeddings[0][used], tokens, self.parts[0]["levels"], index, model)
 
 
 def _faiss():

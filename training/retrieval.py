@@ -111,17 +111,21 @@ class FeatureStore:
         lengths = torch.tensor([0, *map(len, tokens)])
         return cls(torch.cat(embeddings), torch.cat(tokens), lengths.cumsum(0), levels)
 
-    def features(self, rows, device="cpu", dtype=torch.float32):
-        """ModalityFeatures of `rows` (P,), each distinct one once."""
+    def features(self, rows, model):
+        """ModalityFeatures of `rows` (P,), each distinct one once, as a model takes them."""
         used, index = rows.unique(return_inverse=True)
         parts = [self.tokens[self.offsets[row] : self.offsets[row + 1]] for row in used.tolist()]
-        lengths = torch.tensor([len(part) for part in parts])
-        padded = nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device, dtype)
-        mask = None
-        if (lengths != lengths[0]).any():
-            mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(device)
-        embeddings = self.embeddings[used].to(device, dtype)
-        return ModalityFeatures(embeddings, list(padded.chunk(self.levels, dim=-1)), None, mask, index.to(device))
+        return features_from(self.embeddings[used], parts, self.levels, index, model)
+
+
+def features_from(embeddings, tokens, levels, index, model):
+    """ModalityFeatures on the device of a model: embeddings (U,E), tokens [(T,L*D)] of each distinct input, index (P,)."""
+    lengths = torch.tensor([len(one) for one in tokens])
+    padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device, model.dtype)
+    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(model.device)
+    whole = (lengths == lengths[0]).all()
+    depths = list(padded.chunk(levels, dim=-1))
+    return ModalityFeatures(embeddings.to(model.device), depths, None, None if whole else mask, index.to(model.device))
 
 
 @torch.inference_mode()
@@ -154,10 +158,7 @@ def rank_pairs(model, stores, rows):
     """Scores (P,) of pairs by embeddings and cross-attention. stores {modality: FeatureStore}, rows {modality: (P,)}."""
     scores = []
     for chunk in zip(*(part.split(_PAIRS) for part in rows.values()), strict=True):
-        features = {
-            name: stores[name].features(part, model.device, model.dtype)
-            for name, part in zip(rows, chunk, strict=True)
-        }
+        features = {name: stores[name].features(part, model) for name, part in zip(rows, chunk, strict=True)}
         scores.append(model.rank(features).float().cpu())
     return torch.cat(scores)
 
