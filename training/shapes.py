@@ -172,8 +172,10 @@ def questions_about(scene: list[Thing]) -> Iterator[Question]:
                 yield Question("count", naming, (phrase,), str(count[phrase]))
             if phrase in unique:
                 for sides, (axis, answers) in _SIDES.items():
-                    offset = (unique[phrase].x, unique[phrase].y)[axis] - IMAGE_SIZE / 2
-                    if abs(offset) >= _OFF_CENTRE:
+                    offset = _offset(unique[phrase], axis)
+                    # As above: something else must lie on the other side.
+                    other_side = any(_offset(thing, axis) * offset < 0 for thing in scene)
+                    if abs(offset) >= _OFF_CENTRE and (other_side or len(scene) == 1):
                         yield Question("place", naming, (phrase, sides), answers[offset > 0])
         for a, b in permutations(phrases, 2):
             if naming != "both" and count[a] != count[b]:
@@ -186,6 +188,11 @@ def questions_about(scene: list[Thing]) -> Iterator[Question]:
                 for directions, (axis, answers) in _DIRECTIONS.items():
                     if abs(way[axis]) >= _MARGIN:
                         yield Question("relation", naming, (a, directions, b), answers[way[axis] < 0])
+
+
+def _offset(thing: Thing, axis: int) -> float:
+    """How far from the middle a thing lies, in pixels; axis 0 to the right, 1 downwards."""
+    return (thing.x, thing.y)[axis] - IMAGE_SIZE / 2
 
 
 def _yes_no(truth: bool) -> str:
