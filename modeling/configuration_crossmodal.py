@@ -29,6 +29,7 @@ GATES = ("content", "static", "none", "closed")
 POOLINGS = ("attention", "mean", "first")
 CONTRASTIVE_LOSSES = ("info_nce", "sigmoid", "triplet")
 MATCHINGS = ("classifier", "cosine")
+ALIGNMENTS = ("recovery", "late_interaction")
 LOSS_WEIGHTINGS = ("fixed", "learned")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes")
@@ -256,6 +257,8 @@ class CrossModalConfig(PreTrainedConfig):
         logit_scale_init_value: logarithm of the first 1 / temperature.
         matching: how cross-attention scores a pair: `"classifier"` (does it belong together) or `"cosine"` (of the fused
             vectors of both, added to that of the embeddings with the weight `matching_alpha`, with triplets: MMCA).
+        alignment: how tokens of two rows are compared: `"recovery"` (each from what it sees in the other row: SCAN, GLoRIA) or
+            `"late_interaction"` (each with its nearest: FILIP).
         contrastive_weight, matching_weight, alignment_weight, cross_weight: of the four losses of retrieval; 0 leaves one
             out. `cross_weight` is that of the research note's own loss, which collapses (see `cross_attention_penalty`).
         loss_weighting: `"fixed"`, or `"learned"`: by the uncertainty of each loss.
@@ -329,6 +332,7 @@ class CrossModalConfig(PreTrainedConfig):
     logit_scale_init_value: float | int = 2.6592
     matching: str = "classifier"
     matching_alpha: float | int = 0.1
+    alignment: str = "recovery"
     contrastive_weight: float | int = 1.0
     matching_weight: float | int = 1.0
     alignment_weight: float | int = 0.0
@@ -511,6 +515,7 @@ class CrossModalConfig(PreTrainedConfig):
             "pooling": POOLINGS,
             "contrastive_loss": CONTRASTIVE_LOSSES,
             "matching": MATCHINGS,
+            "alignment": ALIGNMENTS,
             "loss_weighting": LOSS_WEIGHTINGS,
         }.items():
             value = getattr(self, key)

@@ -17,7 +17,7 @@ def positives_of(query_labels, key_labels):
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Sum over queries of `info_nce`, a tile of similarities at a time: they are computed again in the backward."""
+    """`info_nce`, a tile of similarities at a time: they are computed again in the backward."""
 
     @staticmethod
     def forward(ctx, queries, keys, scale, query_labels, key_labels, chunk):
@@ -34,10 +34,12 @@ class _InfoNCE(torch.autograd.Function):
         ctx.save_for_backward(queries, keys, scale, query_labels, key_labels, normalisers, positive_counts)
         ctx.chunk = chunk
         losses = normalisers - positive_sums / positive_counts.clamp(min=1)
-        return losses.masked_fill(positive_counts == 0, 0.0).sum()
+        counted = (positive_counts > 0).sum()
+        ctx.mark_non_differentiable(counted)
+        return losses.masked_fill(positive_counts == 0, 0.0).sum(), counted
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient, _):
         queries, keys, scale, query_labels, key_labels, normalisers, positive_counts = ctx.saved_tensors
         to_queries, to_keys = (torch.zeros_like(vectors, dtype=torch.float32) for vectors in (queries, keys))
         to_scale = torch.zeros_like(scale, dtype=torch.float32)
@@ -75,13 +77,7 @@ def info_nce(queries, keys, scale, query_labels, key_labels, chunk_size=None):
     """
     if chunk_size is None:
         return contrast(scale * (queries @ keys.T), positives_of(query_labels, key_labels))
-    counted = sum(
-        torch.stack([positives_of(part, columns).any(dim=1) for columns in key_labels.split(chunk_size)])
-        .any(dim=0)
-        .sum()
-        for part in query_labels.split(chunk_size)
-    )
-    return _InfoNCE.apply(queries, keys, scale, query_labels, key_labels, chunk_size), counted
+    return _InfoNCE.apply(queries, keys, scale, query_labels, key_labels, chunk_size)
 
 
 def contrast(scores, positive):

@@ -21,6 +21,7 @@ from .contrastive_crossmodal import (
     hardest_triplets,
     info_nce,
     is_distributed,
+    late_interaction,
     matching_loss,
     mean_over_ranks,
     positives_of,
@@ -157,7 +158,26 @@ class ModalityTower(nn.Module):
         return tokens, nn.functional.normalize(embeddings.float(), dim=-1)
 
 
-class TokenAlignment(nn.Module):
+class LateInteraction(nn.Module):
+    """Tokens of each modality in a space of their own, where each looks for its nearest in the other row (FILIP)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.token_projections = nn.ModuleDict(
+            {name: nn.Linear(config.hidden_size, config.projection_dim) for name in config.modality_names}
+        )
+        self.temperature = Temperature(config.logit_scale_init_value)
+
+    def forward(self, name, tokens, mask, other, other_tokens, other_mask):
+        """As `TokenRecovery`, of `late_interaction`."""
+        one, two = (
+            nn.functional.normalize(self.token_projections[key](values).float(), dim=-1)
+            for key, values in ((name, tokens), (other, other_tokens))
+        )
+        return self.temperature() * late_interaction(one, two, mask, other_mask)
+
+
+class TokenRecovery(nn.Module):
     """One attention of the tokens of a modality on those of another, by which they are to recover themselves."""
 
     def __init__(self, config):
@@ -174,6 +194,9 @@ class TokenAlignment(nn.Module):
         key, value = self.token_keys[other](other_tokens), self.token_values[other](other_tokens)
         scores = recovered_tokens(self.token_queries[name](tokens), key, value, tokens, mask, other_mask)
         return self.temperature() * scores
+
+
+ALIGNMENT_CLASSES = {"recovery": TokenRecovery, "late_interaction": LateInteraction}
 
 
 class CrossModalForRetrieval(CrossModalPreTrainedModel):
@@ -210,7 +233,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             )
         self.loss_names = [name for name in _WEIGHTS if getattr(config, f"{name}_weight")]
         if config.alignment_weight:
-            self.alignment = TokenAlignment(config)
+            self.alignment = ALIGNMENT_CLASSES[config.alignment](config)
         if config.loss_weighting == "learned":
             self.loss_weights = LossWeights(self.loss_names)
         self.post_init()
@@ -499,13 +522,17 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             return alike.masked_fill(wrong, -torch.inf).argmax(dim=1), ~wrong.all(dim=1)
         return sample_negatives(alike, wrong)
 
-    def _alignment_loss(self, features, pair, presence, labels):
-        rows = self._both(presence, pair).nonzero().squeeze(1)
-        positive = positives_of(labels[rows], labels[rows])
-        tokens = {}
+    def _tokens_of(self, features, pair, presence):
+        """Rows (P,) that have both modalities of a pair, and {modality: tokens (P,T,D), mask (P,T) or None} of those."""
+        rows, tokens = self._both(presence, pair).nonzero().squeeze(1), {}
         for name in pair:
             item = features[name].at(rows)
             tokens[name] = item.spread(item.tokens), None if item.mask is None else item.spread(item.mask)
+        return rows, tokens
+
+    def _alignment_loss(self, features, pair, presence, labels):
+        rows, tokens = self._tokens_of(features, pair, presence)
+        positive = positives_of(labels[rows], labels[rows])
         losses = []
         for name, other in (pair, pair[::-1]):
             scores = self.alignment(name, *tokens[name], other, *tokens[other])
@@ -516,11 +543,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
 
     def _cross_loss(self, features, pair, presence):
         """The note's penalty in both directions. Returns it, and what shows its collapse."""
-        rows = self._both(presence, pair).nonzero().squeeze(1)
-        tokens = {}
-        for name in pair:
-            item = features[name].at(rows)
-            tokens[name] = item.spread(item.tokens), None if item.mask is None else item.spread(item.mask)
+        _, tokens = self._tokens_of(features, pair, presence)
         (one, one_mask), (other, other_mask) = (tokens[name] for name in pair)
         there, shown = cross_attention_penalty(one, other, one_mask, other_mask)
         back, shown_back = cross_attention_penalty(other, one, other_mask, one_mask)

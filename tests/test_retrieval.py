@@ -61,9 +61,10 @@ def test_ranking_pairs_from_features_equals_the_pairs_themselves(fusion_type, qu
 
 @pytest.mark.parametrize("contrastive_loss", ["info_nce", "sigmoid", "triplet"])
 @pytest.mark.parametrize("matching", ["classifier", "cosine"])
-@pytest.mark.parametrize("loss_weighting", ["fixed", "learned"])
-def test_every_loss_is_there_and_reaches_every_parameter(contrastive_loss, matching, loss_weighting):
+@pytest.mark.parametrize("loss_weighting, alignment", [("fixed", "late_interaction"), ("learned", "recovery")])
+def test_every_loss_is_there_and_reaches_every_parameter(contrastive_loss, matching, loss_weighting, alignment):
     options = {"contrastive_loss": contrastive_loss, "matching": matching, "loss_weighting": loss_weighting}
+    options["alignment"] = alignment
     model = model_of(**ALL_LOSSES, **options, triplet_margin=5.0, num_unimodal_layers=1)
     output = model(**zoo.tiny_batch(model.config))
     assert {"contrastive", "matching", "alignment", "cross"} <= output.losses.keys()
