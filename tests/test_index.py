@@ -83,7 +83,7 @@ def test_a_build_that_was_cut_off_goes_on(index, world, tmp_path, monkeypatch):
     model, processor, images, texts = world
     monkeypatch.setattr(module, "_PART", 2)
     partial, calls = CrossModalIndex(tmp_path / "cut", model, processor), []
-    whole = module._features
+    whole = module.encode_batch
 
     def dies(*arguments):
         calls.append(1)
@@ -91,7 +91,7 @@ def test_a_build_that_was_cut_off_goes_on(index, world, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(module, "_features", dies)
+    monkeypatch.setattr(module, "encode_batch", dies)
     with pytest.raises(KeyboardInterrupt):
         partial.add("vision", images, [{"title": text} for text in texts], batch_size=2)
     again = CrossModalIndex(tmp_path / "cut", model, processor)

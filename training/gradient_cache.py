@@ -3,10 +3,11 @@
 Letters: B batch, U distinct inputs, T tokens, D hidden_size.
 """
 
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..modeling.retrieval_crossmodal import ModalityFeatures
 
@@ -26,7 +27,7 @@ def backward_in_parts(model, batch, rows_at_once, backward=None, context=None, s
     Returns:
         the output of the model for the whole batch, without a graph.
     """
-    context = context or _no_context
+    context = context or nullcontext
     send = backward or (lambda loss: loss.backward())
     head = model.get_base_model() if hasattr(model, "get_base_model") else model
     inputs = dict(batch)
@@ -39,7 +40,7 @@ def backward_in_parts(model, batch, rows_at_once, backward=None, context=None, s
     kept, states, presence = [], [], []
     with torch.no_grad():
         for rows in parts:
-            states.append(_random_state())
+            states.append((torch.get_rng_state(), *get_device_states(*_on_device(collected))))
             with context():
                 found, there = head._features_of(*_part(collected, modality_mask, rows))
             kept.append(found)
@@ -50,7 +51,8 @@ def backward_in_parts(model, batch, rows_at_once, backward=None, context=None, s
         output = head._output(whole, there, labels)
     send(scale * output.loss)
     for rows, state, found in zip(parts, states, leaves, strict=True):
-        _restore(state)
+        torch.set_rng_state(state[0])
+        set_device_states(*state[1:])
         with context():
             again, _ = head._features_of(*_part(collected, modality_mask, rows))
             surrogate = sum(
@@ -64,11 +66,6 @@ def backward_in_parts(model, batch, rows_at_once, backward=None, context=None, s
     for key, value in output.items():
         output[key] = _detached(value)
     return output
-
-
-@contextmanager
-def _no_context():
-    yield
 
 
 def _part(collected, modality_mask, rows):
@@ -138,14 +135,9 @@ def _padded(tokens, length):
     return nn.functional.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
 
 
-def _random_state():
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-
-
-def _restore(state):
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state_all(state[1])
+def _on_device(collected):
+    """Tensors that say on which devices the forward draws random numbers."""
+    return [item[0] for item in collected.values()]
 
 
 def _detached(value):

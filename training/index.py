@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 from .datasets import RowDataset
-from .retrieval import features_from, inputs_of
-from .token_cache import content_key
+from .retrieval import encode_batch, features_from, inputs_of
+from .token_cache import content_key, update_with_weights
 
 
 _PART = 1024
@@ -35,9 +35,7 @@ _MANY_QUERIES = 16
 def model_key(model):
     """Hash of the weights and the config that features depend on."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    update_with_weights(digest, model)
     return digest.hexdigest()[:32]
 
 
@@ -162,7 +160,7 @@ class CrossModalIndex:
                 for first in range(0, len(chunk), batch_size):
                     places = chunk[first : first + batch_size]
                     batch = self.processor(**{argument: [inputs[place] for place, _ in places]}).to(self.model.device)
-                    part.append(_features(self.model, modality, batch))
+                    part.append(encode_batch(self.model, modality, batch, torch.float16))
                     bar.update(len(places))
                 store.write(part, [{"key": key, **items[place]} for place, key in chunk])
                 self._list()
@@ -251,14 +249,6 @@ class CrossModalIndex:
         return target
 
 
-def _features(model, modality, batch):
-    """(embeddings (n,E), [tokens (T,L*D) of each], L) of a batch, on the CPU."""
-    found = model.features(batch)[0][modality]
-    tokens = torch.cat(found.levels, dim=-1).half().cpu()
-    real = [row if found.mask is None else row[found.mask[i].cpu()] for i, row in enumerate(tokens)]
-    return found.embeddings.float().cpu(), real, len(found.levels)
-
-
 class _Store:
     """Features of the inputs of one modality."""
 
@@ -318,14 +308,19 @@ class _Store:
         sizes = {kind: path.stat().st_size for kind, path in paths.items()}
         self._read({"name": name, "count": len(items), "levels": levels[0], "bytes": sizes})
 
+    @property
+    def embeddings(self):
+        """(N,E)."""
+        if len(self._embeddings) > 1:
+            self._embeddings = [torch.cat(self._embeddings)]
+        return self._embeddings[0]
+
     def item(self, row):
         return {key: value for key, value in self.items[row].items() if key != "key"}
 
     def nearest(self, queries, k):
         """Similarities and rows, each (Q,k), best first; exact."""
-        if len(self._embeddings) > 1:
-            self._embeddings = [torch.cat(self._embeddings)]
-        candidates = self._embeddings[0]
+        candidates = self.embeddings
         if len(queries) < _MANY_QUERIES and _faiss() is not None:
             if self._faiss is None:
                 self._faiss = _faiss().IndexFlatIP(candidates.shape[1])
@@ -336,15 +331,12 @@ class _Store:
 
     def features(self, rows, model):
         """ModalityFeatures of `rows` (P,), each distinct one once, on the device of a model."""
-        used, index = rows.unique(return_inverse=True)
-        tokens = []
-        for row in used.tolist():
-            part = bisect.bisect_right(self.starts, row) - 1
-            first, last = self._offsets[part][row - self.starts[part] :][:2]
-            tokens.append(torch.from_numpy(np.array(self._tokens[part][first:last])))
-        if len(self._embeddings) > 1:
-            self._embeddings = [torch.cat(self._embeddings)]
-        return features_from(self._embeddings[0][used], tokens, self.parts[0]["levels"], index, model)
+        return features_from(self.embeddings, self._tokens_of, self.parts[0]["levels"], rows, model)
+
+    def _tokens_of(self, row):
+        part = bisect.bisect_right(self.starts, row) - 1
+        first, last = self._offsets[part][row - self.starts[part] :][:2]
+        return torch.from_numpy(np.array(self._tokens[part][first:last]))
 
 
 def _faiss():

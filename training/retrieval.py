@@ -113,19 +113,27 @@ class FeatureStore:
 
     def features(self, rows, model):
         """ModalityFeatures of `rows` (P,), each distinct one once, as a model takes them."""
-        used, index = rows.unique(return_inverse=True)
-        parts = [self.tokens[self.offsets[row] : self.offsets[row + 1]] for row in used.tolist()]
-        return features_from(self.embeddings[used], parts, self.levels, index, model)
+        return features_from(self.embeddings, self._tokens_of, self.levels, rows, model)
+
+    def _tokens_of(self, row):
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
 
 
-def features_from(embeddings, tokens, levels, index, model):
-    """ModalityFeatures on the device of a model: embeddings (U,E), tokens [(T,L*D)] of each distinct input, index (P,)."""
+def features_from(embeddings, tokens_of, levels, rows, model):
+    """ModalityFeatures of `rows` (P,) on the device of a model, each distinct one once.
+
+    embeddings (N,E); tokens_of: function from a row to its tokens (T,L*D), of L levels.
+    """
+    used, index = rows.unique(return_inverse=True)
+    tokens = [tokens_of(row) for row in used.tolist()]
     lengths = torch.tensor([len(one) for one in tokens])
     padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device, model.dtype)
     mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(model.device)
     whole = (lengths == lengths[0]).all()
     depths = list(padded.chunk(levels, dim=-1))
-    return ModalityFeatures(embeddings.to(model.device), depths, None, None if whole else mask, index.to(model.device))
+    return ModalityFeatures(
+        embeddings[used].to(model.device), depths, None, None if whole else mask, index.to(model.device)
+    )
 
 
 @torch.inference_mode()
@@ -145,12 +153,17 @@ def features_of(model, processor, samples, name, rows=None, batch_size=64, dtype
         DataLoader(data, batch_size, collate_fn=collate), desc=f"features of {name}", disable=not progress, leave=False
     ):
         batch = {key: value.to(model.device) for key, value in batch.items()}
-        found = model.features(batch)[0][name]
-        levels = len(found.levels)
-        tokens, mask = torch.cat(found.levels, dim=-1).to(dtype).cpu(), found.mask
-        real = [row if mask is None else row[mask[i].cpu()] for i, row in enumerate(tokens)]
-        parts.append((found.embeddings.float().cpu(), real))
+        *part, levels = encode_batch(model, name, batch, dtype)
+        parts.append(part)
     return FeatureStore.of(parts, levels)
+
+
+def encode_batch(model, name, batch, dtype=torch.float32):
+    """Embeddings (n,E), [tokens (T,L*D) of each] and L of the inputs of one modality, on the CPU and without padding."""
+    found = model.features(batch)[0][name]
+    tokens = torch.cat(found.levels, dim=-1).to(dtype).cpu()
+    real = [row if found.mask is None else row[found.mask[i].cpu()] for i, row in enumerate(tokens)]
+    return found.embeddings.float().cpu(), real, len(found.levels)
 
 
 @torch.inference_mode()

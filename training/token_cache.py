@@ -66,10 +66,15 @@ def _hash_of_encoder(model, processor, name):
     known = (type(encoder).__name__, config.levels_of(name), config.modality_settings[name], settings, made_by)
     digest.update(json.dumps(known, sort_keys=True, default=str).encode())
     digest.update(getattr(config, f"{name}_config").to_json_string(use_diff=False).encode())
-    for key, value in encoder.state_dict().items():
+    update_with_weights(digest, encoder)
+    return digest.hexdigest()[:32]
+
+
+def update_with_weights(digest, module):
+    """Adds the names, types, shapes and values of a module's weights to a hash."""
+    for key, value in module.state_dict().items():
         digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 class TokenCache:
