@@ -86,6 +86,7 @@ def test_a_finished_run_is_not_trained_again(model, world, capsys):
         (["evaluate", "{w}/empty", "--dataset", "{w}/data"], "no config.json"),
         (["evaluate", "{w}/nowhere", "--dataset", "{w}/data"], "neither a folder here nor a repo"),
         (["evaluate", "{m}", "--dataset", "{w}/data", "--split", "test"], "no split 'test'"),
+        (["evaluate", "{m}", "--dataset", "{w}/data", "--rerank", "8"], "rerank does not go with CrossModalForVQA"),
         (["predict", "{m}"], "nothing to predict from"),
         (["predict", "{m}", "--image", "{w}/broken.png", "--text", "what color?"], "broken.png"),
         (["predict", "{m}", "--image", "{w}/red.png", "--text", ""], "at least one word"),

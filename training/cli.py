@@ -60,16 +60,24 @@ def evaluate(
     unknown_answers_wrong: Annotated[
         bool, typer.Option("--unknown-answers-wrong", help="Score answers outside the vocabulary as wrong.")
     ] = False,
+    rerank: Annotated[
+        int | None, typer.Option(min=0, help="Retrieval: candidates ranked by cross-attention (default 32; 0: none).")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Retrieval: also rank all candidates so.")] = False,
+    fold_size: Annotated[
+        int | None, typer.Option(min=1, help="Retrieval: mean over folds of so many (1000: COCO 1K).")
+    ] = None,
     as_json: _JSON = False,
 ):
     """Score a model on a split of a dataset."""
     _quiet()
     from .evaluate import evaluate as run
-
-    loaded, processor = _load(model)
-    metrics = run(loaded, processor, dataset, split, batch_size, unknown_answers_wrong)
     from .evaluate import task_of
 
+    loaded, processor = _load(model)
+    options = {"rerank": rerank, "full": full or None, "fold_size": fold_size}
+    options = {name: value for name, value in options.items() if value is not None}
+    metrics = run(loaded, processor, dataset, split, batch_size, unknown_answers_wrong, **options)
     _print_table(f"{Path(model).name} on {Path(dataset).name}, {split}", task_of(loaded).table("this model", metrics))
     if as_json:
         _print_json(metrics)

@@ -30,6 +30,8 @@ class VQATask:
     model_class = "CrossModalForVQA"
     majority_name = "most common answer"
     two_stages = False
+    # What `evaluate` takes beyond what all tasks take.
+    evaluate_options = ()
     # What makes per cent of a metric.
     percent = 100
     metrics = ("accuracy", "vqa_accuracy")
@@ -162,6 +164,7 @@ class RetrievalTask:
     main_metric = "mean_r1"
     majority_name = "by chance"
     two_stages = True
+    evaluate_options = ("rerank", "full", "fold_size")
     # The field gives these in per cent.
     percent = 1
     answers = {}
@@ -195,11 +198,12 @@ class RetrievalTask:
 
         return score_embeddings(*list(outputs.values())[:2], targets)
 
-    def evaluate(self, model, processor, samples, batch_size=128, progress=True):
-        """Of the two stages together; with `contrastive_` before them, of the embeddings alone."""
+    def evaluate(self, model, processor, samples, batch_size=128, progress=True, **options):
+        """Of the two stages together; with `contrastive_` before them, of the embeddings alone. options: see
+        `evaluate_two_stages`."""
         from .retrieval import evaluate_two_stages
 
-        return evaluate_two_stages(model, processor, samples, progress=progress)
+        return evaluate_two_stages(model, processor, samples, progress=progress, **options)
 
     @staticmethod
     def majority(train_targets, targets):
@@ -207,8 +211,9 @@ class RetrievalTask:
         from .retrieval import inputs_of
 
         first, right = inputs_of(targets)
-        positive = right(torch.arange(len(first)), torch.arange(len(targets))).float()
-        return {"mean_r1": 50 * (positive.mean(dim=1).mean() + positive.mean(dim=0).mean()).item()}
+        every = torch.arange(len(targets))
+        pairs = sum(int(right(rows, every).sum()) for rows in torch.arange(len(first)).split(1024))
+        return {"mean_r1": 100 * pairs / (len(first) * len(targets))}
 
     def encode_targets(self, targets):
         """(B,K) whole numbers: rows are positives of each other where they agree in any column."""
