@@ -65,13 +65,14 @@ class MultiHeadAttention(Attention):
             key, value = spread(key), spread(value)
         return self.split_heads(key), self.split_heads(value)
 
-    def forward(self, query, key_value, mask=None, output_attentions=False, query_mask=None):
-        """query (B,Tq,D); key_value: what `project_key_value` returned; mask (B,Tk) bool, True for real keys, or None;
-        query_mask (B,Tq) likewise.
+    def forward(self, query, key_value, mask=None, output_attentions=False, query_mask=None, spread=None):
+        """query (B,Tq,D), or (U,Tq,D) of which `spread` makes (B,Tq,D); key_value: what `project_key_value` returned; mask
+        (B,Tk) bool, True for real keys, or None; query_mask (B,Tq) likewise.
 
         A row without a single real key gives 0. Returns (B,Tq,D), and the weights as `attend` does.
         """
-        query_states = self.split_heads(self.q_proj(query))
+        query = self.q_proj(query)
+        query_states = self.split_heads(query if spread is None else spread(query))
         output, weights = self.attend(query_states, *key_value, mask, output_attentions, query_mask)
         output = self.o_proj(output)
         if mask is not None:

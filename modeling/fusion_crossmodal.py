@@ -2,14 +2,15 @@
 
 Every operator is a row of `FUSIONS` and keeps one contract:
 
-    forward(levels, masks, spread, output_attentions) -> (tokens, attentions, shared)
+    forward(levels, masks, shared, output_attentions) -> (tokens, attentions, still_shared)
 
-    levels      {modality: [tokens (U_m,T_m,D) for fusion layer 0, 1, ...]}, at width D with type and position in them
-    spread      {modality: function from (U_m,...) to (B,...)} for modalities of which several rows share an input
-    masks       {modality: (B,T_m) bool, True for real tokens, or None if all are}; an absent row has no True
-    tokens      {modality: (B,T_m,D)}, or (U_m,T_m,D) of those in `shared`
-    shared      the part of `spread` whose modalities met no other: what rows share of them is still shared
-    attentions  per layer {"m<-n": weights (B,h,T_m,T_n)}: how tokens of m attended to tokens of n
+    levels        {modality: [tokens (U_m,T_m,D) for fusion layer 0, 1, ...]}, at width D with type and position in them
+    masks         {modality: (B,T_m) bool, True for real tokens, or None if all are}; an absent row has no True
+    shared        {modality: EncodedModality} of which several rows share an input: its `mask` (U_m,T_m) or None, and its
+                  `spread` from (U_m,...) to (B,...)
+    tokens        {modality: (B,T_m,D)}, or (U_m,T_m,D) of those in `still_shared`
+    still_shared  the part of `shared` whose modalities met no other: what rows share of them is still shared
+    attentions    per layer {"m<-n": weights (B,h,T_m,T_n)}: how tokens of m attended to tokens of n
 
 Letters: B batch, U_m distinct inputs of modality m, T_m tokens of it, D hidden_size, M modalities, h heads.
 Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
@@ -36,9 +37,12 @@ class ContentGate(nn.Module):
         self.update_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, stream, update):
-        """stream and update (B,T,D). Returns the gated update (B,T,D)."""
-        return update + self.out_proj(self.stream_proj(stream) * self.update_proj(update))
+    def forward(self, stream, update, spread=None):
+        """stream (B,T,D), or (U,T,D) of which `spread` makes (B,T,D), and update (B,T,D). Returns the gated update (B,T,D)."""
+        stream = self.stream_proj(stream)
+        if spread is not None:
+            stream = spread(stream)
+        return update + self.out_proj(stream * self.update_proj(update))
 
 
 class StaticGate(nn.Module):
@@ -48,7 +52,7 @@ class StaticGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, stream, update):
+    def forward(self, stream, update, spread=None):
         return torch.tanh(self.weight) * update
 
 
@@ -58,7 +62,7 @@ class OpenGate(nn.Module):
     def __init__(self, config):
         super().__init__()
 
-    def forward(self, stream, update):
+    def forward(self, stream, update, spread=None):
         return update
 
 
@@ -102,17 +106,25 @@ class CrossFusionLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.looked_at = looked_at
 
-    def forward(self, tokens, masks, output_attentions=False, spread=None):
-        """tokens {m: (B,T_m,D)}, or (U_m,T_m,D) for m in spread; masks {m: (B,T_m) or None}.
+    def meets(self, name):
+        """Whether this layer lets a modality look at another."""
+        return name in self.gate
 
-        Returns the new tokens and {"m<-n": weights}.
+    def forward(self, tokens, masks, output_attentions=False, shared=None):
+        """tokens {m: (B,T_m,D)}, or (U_m,T_m,D) for m in shared; masks {m: (B,T_m) or None}.
+
+        What rows share is computed once, up to the point where it meets what they do not share. Returns the new tokens, in
+        rows of the batch where a modality looked at another, and {"m<-n": weights}.
         """
-        attentions, streams = {}, dict(tokens)
+        attentions, streams, shared = {}, dict(tokens), shared or {}
+        spread = {name: item.spread for name, item in shared.items()}
         for name in tokens:
             if name in self.self_attn:
-                streams[name], attentions[f"{name}<-{name}"] = self.self_attn[name](
-                    tokens[name], masks[name], output_attentions
-                )
+                mask = shared[name].mask if name in shared else masks[name]
+                streams[name], weights = self.self_attn[name](tokens[name], mask, output_attentions)
+                if output_attentions:
+                    weights = spread[name](weights) if name in shared else weights
+                    attentions[f"{name}<-{name}"] = weights
         updated = dict(streams)
         if len(streams) > 1:
             normed = {
@@ -120,18 +132,20 @@ class CrossFusionLayer(GradientCheckpointingLayer):
             }
             # Keys and values of an input that many rows look at are projected once.
             key_values = {
-                name: self.cross_attn[name].project_key_value(normed[name], (spread or {}).get(name))
+                name: self.cross_attn[name].project_key_value(normed[name], spread.get(name))
                 for name in streams
                 if name in self.looked_at
             }
             for name in streams:
+                if name in shared and self.meets(name):
+                    updated[name] = spread[name](updated[name])
                 for other, key_value in key_values.items():
-                    if other == name or name not in self.gate:
+                    if other == name or not self.meets(name):
                         continue
                     seen, attentions[f"{name}<-{other}"] = self.cross_attn[name](
-                        normed[name], key_value, masks[other], output_attentions, masks[name]
+                        normed[name], key_value, masks[other], output_attentions, masks[name], spread.get(name)
                     )
-                    gated = self.gate[name](normed[name], seen)
+                    gated = self.gate[name](normed[name], seen, spread.get(name))
                     if masks[other] is not None:
                         # Nothing seen changes nothing, whatever the biases of a gate say.
                         gated = gated.masked_fill(~masks[other].any(dim=1)[:, None, None], 0.0)
@@ -149,12 +163,11 @@ class FusionOperator(nn.Module):
 
     @staticmethod
     def independent(config):
-        """Modalities whose streams depend on their own input alone: computed once for all rows that share it."""
+        """Modalities whose streams depend on their own input alone."""
         return []
 
     def __init__(self, config):
         super().__init__()
-        self.shared = set(self.independent(config))
         width, eps = config.hidden_size, config.layer_norm_eps
         self.bridges = nn.ModuleDict(
             {
@@ -179,31 +192,46 @@ class FusionOperator(nn.Module):
                 bridged[name] = self.bridges[name][index](stream)
         return bridged
 
-    def forward(self, levels, masks, spread=None, output_attentions=False):
-        spread = spread or {}
+    def forward(self, levels, masks, shared=None, output_attentions=False):
+        shared = shared or {}
         # A modality by itself depends on its own input alone, whatever the operator.
         alone = len(levels) == 1 and all(mask is None for mask in masks.values())
-        shared = {name: function for name, function in spread.items() if alone or name in self.shared}
-        levels = {
-            name: list(map(spread[name], depths)) if name in spread and name not in shared else depths
-            for name, depths in levels.items()
-        }
-        tokens, attentions = self.run_layers(levels, masks, output_attentions, shared)
-        return {name: self.norms[name](stream) for name, stream in tokens.items()}, tuple(attentions), shared
+        tokens, attentions, still_shared = self.run_layers(levels, masks, output_attentions, {} if alone else shared)
+        still_shared = shared if alone else still_shared
+        return {name: self.norms[name](stream) for name, stream in tokens.items()}, tuple(attentions), still_shared
 
     def run_layers(self, levels, masks, output_attentions, shared):
-        """levels and masks as `forward` takes them, in rows of the batch but for those in `shared`."""
+        """As `forward`, without its last norms. Here for layers in which every modality meets every other at once."""
+        levels = _spread(levels, shared, shared)
         tokens, attentions = {}, []
         for index, layer in enumerate(self.layers):
-            tokens, weights = layer(self.bridge(index, tokens, levels), masks, output_attentions, shared)
+            tokens, weights = layer(self.bridge(index, tokens, levels), masks, output_attentions)
             attentions.append(weights)
-        return tokens, attentions
+        return tokens, attentions, {}
+
+
+def _spread(levels, shared, names):
+    """levels, with those of the modalities `names` in rows of the batch."""
+    return {
+        name: list(map(shared[name].spread, depths)) if name in names else depths for name, depths in levels.items()
+    }
 
 
 class CrossFusion(FusionOperator):
     """Adaptive cross-modal attention, every modality looking at every other in each layer."""
 
     layer_class = CrossFusionLayer
+
+    def run_layers(self, levels, masks, output_attentions, shared):
+        """What rows share stays shared until the first layer in which it looks at another modality."""
+        tokens, attentions = {}, []
+        for index, layer in enumerate(self.layers):
+            tokens, weights = layer(self.bridge(index, tokens, levels), masks, output_attentions, shared)
+            attentions.append(weights)
+            met = [name for name in shared if layer.meets(name) and len(levels) > 1]
+            levels = _spread(levels, shared, met)
+            shared = {name: item for name, item in shared.items() if name not in met}
+        return tokens, attentions, shared
 
     @staticmethod
     def independent(config):
@@ -217,15 +245,19 @@ class ConcatFusion(FusionOperator):
         def __init__(self, config):
             super().__init__()
 
-        def forward(self, tokens, masks, output_attentions=False, spread=None):
+        def forward(self, tokens, masks, output_attentions=False):
             return tokens, {}
 
     @staticmethod
     def independent(config):
         return config.modality_names
 
+    def run_layers(self, levels, masks, output_attentions, shared):
+        tokens, attentions, _ = super().run_layers(levels, masks, output_attentions, {})
+        return tokens, attentions, shared
 
-class InterlacedFusion(FusionOperator):
+
+class InterlacedFusion(CrossFusion):
     """Roles alternate: each layer has one modality that looks, and the next layer another (MIT, arXiv 2310.12817).
 
     `first_query` looks in the first layer; the others follow, by name, and then it begins anew.
@@ -247,7 +279,7 @@ class JointFusionLayer(GradientCheckpointingLayer):
         self.self_attn = SelfAttentionBlock(config)
         self.mlp = FeedForwardBlock(config)
 
-    def forward(self, tokens, masks, output_attentions=False, spread=None):
+    def forward(self, tokens, masks, output_attentions=False):
         """As `CrossFusionLayer`. Weights of "m<-n" sum to 1 over all n together."""
         whole, weights = self.self_attn(
             torch.cat(list(tokens.values()), dim=1), _joined(tokens, masks), output_attentions
@@ -277,7 +309,7 @@ class MutualFusionLayer(nn.Module):
         super().__init__()
         self.attention = MutualAttention(config)
 
-    def forward(self, tokens, masks, output_attentions=False, spread=None):
+    def forward(self, tokens, masks, output_attentions=False):
         """As `CrossFusionLayer`, with a single head."""
         updated, attentions = {}, {}
         for name, stream in tokens.items():
@@ -388,6 +420,7 @@ class BottleneckFusion(FusionOperator):
         return [BOTTLENECK_CLASSES[config.bottleneck](config) for _ in range(config.num_fusion_layers)]
 
     def run_layers(self, levels, masks, output_attentions, shared):
+        levels = _spread(levels, shared, shared)
         tokens, attentions = {}, []
         rows = len(next(iter(levels.values()))[0])
         latents = self.latents.weight.expand(rows, -1, -1)
@@ -395,7 +428,7 @@ class BottleneckFusion(FusionOperator):
             bridged = self.bridge(index, tokens, levels)
             tokens, latents, weights = layer(bridged, latents, masks, output_attentions)
             attentions.append(weights)
-        return tokens, attentions
+        return tokens, attentions, {}
 
 
 def _joined(tokens, masks):

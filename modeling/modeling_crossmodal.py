@@ -485,10 +485,10 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 masks[name] = item.present[:, None].expand(-1, levels[name][0].shape[1])
         return levels, masks
 
-    def _stand_in(self, levels, masks, presence, spread):
+    def _stand_in(self, levels, masks, presence, shared):
         """`fuse`'s arguments with one learned token in place of each modality that a row lacks, for others to look at."""
         types = dict(zip(self.config.modality_names, self.modality_types.weight, strict=True))
-        levels, masks, spread = dict(levels), dict(masks), dict(spread)
+        levels, masks, shared = dict(levels), dict(masks), dict(shared)
         for index, name in enumerate(self.config.modality_names):
             token = self.missing_tokens.weight[index] + types[name]
             absent = ~presence[:, index]
@@ -497,14 +497,14 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 levels[name] = [token.expand(len(presence), 1, -1)] * depths
                 masks[name] = None
             elif torch.compiler.is_compiling() or absent.any():
-                own = spread.pop(name, None)
-                depths = levels[name] if own is None else [own(level) for level in levels[name]]
+                own = shared.pop(name, None)
+                depths = levels[name] if own is None else [own.spread(level) for level in levels[name]]
                 first = torch.zeros(depths[0].shape[:2], dtype=torch.bool, device=absent.device)
                 first[:, 0] = True
                 place = first & absent[:, None]
                 levels[name] = [torch.where(place[..., None], token.to(level.dtype), level) for level in depths]
                 masks[name] = place | (~absent[:, None] if masks[name] is None else masks[name])
-        return levels, masks, spread
+        return levels, masks, shared
 
     def fuse(self, levels, masks, presence, shared=None, output_attentions=False, task_ids=None, return_tokens=True):
         """Cross-modal layers, pooling and modality weights.
@@ -514,16 +514,15 @@ class CrossModalModel(CrossModalPreTrainedModel):
         (B,M) or None, pooled (B,D), attentions.
         """
         shared = shared or {}
-        spread = {name: item.spread for name, item in shared.items()}
         fused_levels, fused_masks = levels, masks
         if self.config.missing_tokens:
-            fused_levels, fused_masks, spread = self._stand_in(levels, masks, presence, spread)
-        tokens, attentions, spread = self.fusion(fused_levels, fused_masks, spread, output_attentions)
+            fused_levels, fused_masks, shared = self._stand_in(levels, masks, presence, shared)
+        tokens, attentions, shared = self.fusion(fused_levels, fused_masks, shared, output_attentions)
         tokens = {name: tokens[name] for name in levels}
         # What rows share to the end is pooled once for all of them.
         pooled = {
-            name: spread[name](self.poolings[name](stream, shared[name].mask))
-            if name in spread
+            name: shared[name].spread(self.poolings[name](stream, shared[name].mask))
+            if name in shared
             else self.poolings[name](stream, masks[name])
             for name, stream in tokens.items()
         }
@@ -537,7 +536,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
             if name in tokens:
                 fused = fused + used[:, index, None] * self.outputs[name](embeddings[:, index])
         if return_tokens:
-            tokens = {name: spread[name](stream) if name in spread else stream for name, stream in tokens.items()}
+            tokens = {n: shared[n].spread(stream) if n in shared else stream for n, stream in tokens.items()}
         return tokens if return_tokens else None, embeddings, weights, log_variances, fused, attentions
 
     def _drop_shortcuts(self, weights, presence):
