@@ -471,7 +471,7 @@ def kernels(lengths=LENGTHS, width=64, heads=1, device=None, longest_exact=None,
             def run(kernel=kernel, states=states):
                 return kernel(*states)
 
-            memory = _peak_memory(run, device)
+            memory = peak_memory(run, device)
             times = in_turn({name: run}, device, rounds=3, seconds=0.2)[name]
             table.append({"kernel": name, "tokens": tokens, "seconds": statistics.median(times), "mib": memory})
         write(f"{tokens:,} tokens measured.")
@@ -523,10 +523,10 @@ def feature_errors(counts=(64, 256, 1024, 4096), keys=1024, width=64, draws=5):
     return errors
 
 
-def _peak_memory(run, device):
+def peak_memory(run, device):
     """MiB that a call holds at its peak above what was held before, or None where the system does not tell."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.resetpeak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20

@@ -310,6 +310,18 @@ def benchmark(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Attention kernels over 1k to 64k tokens instead of whole models.")
     ] = False,
+    retrieval: Annotated[
+        bool,
+        typer.Option(
+            "--retrieval", help="Ranking a pair, the nearest of many vectors, and the memory of the contrast."
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="With --retrieval: rank by this model; --dataset and --split tell how well it does."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="With --model: Hub id, folder or file.")] = None,
+    split: Annotated[str, typer.Option(help="Name of its split.")] = "validation",
     size: Annotated[str, typer.Option(help="Of the models: tiny or base.")] = "tiny",
     rounds: Annotated[int, typer.Option(min=1, help="Of measuring everything in turn.")] = 7,
     as_json: _JSON = False,
@@ -319,6 +331,8 @@ def benchmark(
 
     if size not in bench.SIZES:
         raise ValueError(f"--size {size} is unknown. Expected one of {sorted(bench.SIZES)}.")
+    if (model or dataset) and not (retrieval and model):
+        raise ValueError("--model and --dataset belong to --retrieval. Pass --retrieval --model MODEL [--dataset D].")
     if overrides and not (cached or train):
         raise ValueError(f"{overrides[0]!r} belongs to a recipe. Name one with --cached RECIPE or --train RECIPE.")
     from .recipes import Recipe
@@ -339,6 +353,9 @@ def benchmark(
         )
         if as_json:
             _print_json(found)
+        return
+    if retrieval:
+        _benchmark_retrieval(model, dataset, split, size, rounds, as_json)
         return
     if kernels:
         table, errors = bench.kernels(write=_note), bench.feature_errors()
@@ -380,6 +397,39 @@ def benchmark(
         _note(f"{title}: " + ", ".join(f"{name} {part:.0%}" for name, part in shares[title].items()))
     if as_json:
         _print_json({"models": table, "grouping": [logits, gradients], "time": shares})
+
+
+def _benchmark_retrieval(model, dataset, split, size, rounds, as_json):
+    from . import benchmark_retrieval as bench
+    from .benchmark import SIZES
+
+    loaded, scores = None, {}
+    if model:
+        loaded, processor = _load(model)
+        if type(loaded).__name__ != "CrossModalForRetrieval":
+            raise ValueError(
+                f"{model!r} is a {type(loaded).__name__}. --retrieval ranks with a CrossModalForRetrieval."
+            )
+        if dataset:
+            from .evaluate import evaluate as score
+
+            metrics = score(loaded, processor, dataset, split)
+            scores = {key: metrics[key] for key in metrics if key.endswith("_r1")}
+    shape = bench.shape_of(loaded) if loaded else SIZES[size]
+    costs = bench.ranking_cost(loaded or bench.model_of(shape), shape, rounds)
+    if scores:
+        costs[0] |= {key: value for key, value in scores.items() if key.count("_") == 1 or "contrastive_mean" in key}
+    title = f"Ranking a pair at width {shape.width}, encoders of depth {shape.depth}, {shape.fusion} fusion layers"
+    _print_table(title, {row["model"]: {key: row[key] for key in row if key != "model"} for row in costs})
+    nearest = bench.nearest_cost(rounds=rounds)
+    _print_table("Exact top 10 of 100,000 vectors of width 256", {f"{row['queries']} queries": row for row in nearest})
+    memory = bench.contrast_memory()
+    _print_table(
+        "Contrast of a batch with itself, forward and backward, whole and in tiles of 1,024",
+        {f"{row['rows']:,} rows": row for row in memory},
+    )
+    if as_json:
+        _print_json({"ranking": costs, "nearest": nearest, "contrast": memory})
 
 
 @app.command()

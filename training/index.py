@@ -30,6 +30,8 @@ from .token_cache import content_key, update_with_weights
 _PART = 1024
 # From so many queries on a matrix product beats FAISS's scan.
 _MANY_QUERIES = 16
+# Of a product with all vectors; more would only take memory.
+_QUERIES_AT_ONCE = 256
 
 
 def model_key(model):
@@ -320,14 +322,12 @@ class _Store:
 
     def nearest(self, queries, k):
         """Similarities and rows, each (Q,k), best first; exact."""
-        candidates = self.embeddings
-        if len(queries) < _MANY_QUERIES and _faiss() is not None:
+        if len(queries) < _MANY_QUERIES:
             if self._faiss is None:
-                self._faiss = _faiss().IndexFlatIP(candidates.shape[1])
-                self._faiss.add(candidates.numpy())
-            scores, rows = self._faiss.search(queries.numpy(), k)
-            return torch.from_numpy(scores), torch.from_numpy(rows)
-        return (queries @ candidates.T).topk(k, dim=1)
+                self._faiss = nearest_by_faiss(self.embeddings)
+            if self._faiss is not None:
+                return self._faiss(queries, k)
+        return nearest_by_product(queries, self.embeddings, k)
 
     def features(self, rows, model):
         """ModalityFeatures of `rows` (P,), each distinct one once, on the device of a model."""
@@ -339,10 +339,23 @@ class _Store:
         return torch.from_numpy(np.array(self._tokens[part][first:last]))
 
 
-def _faiss():
-    """The module, if it is installed."""
+def nearest_by_product(queries, vectors, k):
+    """Inner products and rows, each (Q,k), best first, of queries (Q,E) and vectors (N,E)."""
+    found = [(part @ vectors.T).topk(k, dim=1) for part in queries.split(_QUERIES_AT_ONCE)]
+    return torch.cat([scores for scores, _ in found]), torch.cat([rows for _, rows in found])
+
+
+def nearest_by_faiss(vectors):
+    """A function from queries (Q,E) and k to what `nearest_by_product` gives, or None where FAISS is not installed."""
     try:
         import faiss
     except ImportError:
         return None
-    return faiss
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors.numpy())
+
+    def nearest(queries, k):
+        scores, rows = index.search(queries.numpy(), k)
+        return torch.from_numpy(scores), torch.from_numpy(rows)
+
+    return nearest

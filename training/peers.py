@@ -122,6 +122,36 @@ class BridgeTower(nn.Module):
         return self.classifier(output.pooler_output)
 
 
+class _Ranker(nn.Module):
+    """A model of transformers that says of an image and a text read together whether they belong together."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values, input_ids, attention_mask):
+        """As `Vilt`; returns logits (B, 1 or 2)."""
+        whole = torch.ones(len(pixel_values), *pixel_values.shape[2:], dtype=torch.long, device=pixel_values.device)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.model(**inputs, pixel_values=pixel_values, pixel_mask=whole).logits
+
+
+def _vilt_ranker(size):
+    from transformers import ViltForImageAndTextRetrieval
+
+    return _Ranker(ViltForImageAndTextRetrieval(Vilt(size).model.config))
+
+
+def _bridgetower_ranker(size):
+    from transformers import BridgeTowerForImageAndTextRetrieval
+
+    return _Ranker(BridgeTowerForImageAndTextRetrieval(BridgeTower(size).model.config))
+
+
+RANKERS = {
+    "BridgeTowerForImageAndTextRetrieval": _bridgetower_ranker,
+    "ViltForImageAndTextRetrieval": _vilt_ranker,
+}
 PEERS = {"LxmertForQuestionAnswering": Lxmert, "ViltForQuestionAnswering": Vilt, "BridgeTower": BridgeTower}
 _READ = ("pixel_values", "input_ids", "attention_mask")
 
