@@ -122,6 +122,17 @@ def test_kinds_may_be_chosen():
     assert kinds.keys() == set(SIMPLE_KINDS)
 
 
+def test_things_may_all_be_different():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        scene = sample_scene(rng, different=True)
+        assert len({thing.color for thing in scene}) == len(scene)
+        assert len({thing.shape for thing in scene}) == min(3, len(scene))
+    rows = draw_rows(200, kinds=SIMPLE_KINDS, different=True)
+    # What color a thing has is asked of nearly every image, and not of lone things alone.
+    assert sum(row["kind"] == "color" for row in rows) > 0.9 * 200
+
+
 def test_things_lie_apart_and_inside_the_image():
     rng = np.random.default_rng(0)
     sizes = Counter()

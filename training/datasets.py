@@ -125,7 +125,7 @@ def _drawn_shapes(split, rows):
 def _drawn_simple_shapes(split, rows):
     from .shapes import SIMPLE_KINDS, shapes_dataset
 
-    return shapes_dataset(-(-rows // len(SIMPLE_KINDS)), split, kinds=SIMPLE_KINDS)
+    return shapes_dataset(-(-rows // len(SIMPLE_KINDS)), split, kinds=SIMPLE_KINDS, different=True)
 
 
 def _drawn_shape_facts(split, rows):

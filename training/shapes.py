@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 KINDS = ("exists", "color", "shape", "count", "place", "relation", "comparison")
-# One look at one thing answers these. Without them first, two looks and a comparison of what they find are not learnt.
+# One look at one thing answers these. Without them first, two looks and a comparison of what they find are not learnt; and
+# they are learnt at once where things differ, so that whatever a question names is one thing among others that it is not.
 SIMPLE_KINDS = ("exists", "color", "shape", "place")
 SPLITS = ("train", "validation", "test")
 SHAPES = ("circle", "square", "triangle")
@@ -36,6 +37,7 @@ _SUPERSAMPLING = 4
 # Few and large on purpose, and often one alone: that is where a small model learns what words mean.
 _THINGS = (0.4, 0.2, 0.2, 0.2)  # probability of 1, 2, ... of them
 _ALIKE = (0.4, 0.2, 0.4)  # probability that 1, 2, ... of them share a shape; likewise a color
+_DIFFERENT = (1.0, 0.0, 0.0)
 _RADII = (9.0, 12.0)  # of the circle around a thing
 _GAP = 2.5  # least distance between the circles around two things
 _PATIENCE = 100  # misses before places are drawn anew
@@ -95,18 +97,22 @@ class Question(NamedTuple):
     answer: str
 
 
-def sample_scene(rng: np.random.Generator) -> list[Thing]:
-    """Draw one to four things, apart from each other; at most three share a shape or a color."""
+def sample_scene(rng: np.random.Generator, different: bool = False) -> list[Thing]:
+    """Draw one to four things, apart from each other; at most three share a shape or a color.
+
+    different: they share neither, as far as there are shapes.
+    """
     number = 1 + rng.choice(len(_THINGS), p=_THINGS)
-    shapes = _sample_values(rng, SHAPES, number)
-    colors = _sample_values(rng, tuple(COLORS), number)
+    alike = _DIFFERENT if different else _ALIKE
+    shapes = _sample_values(rng, SHAPES, number, alike)
+    colors = _sample_values(rng, tuple(COLORS), number, alike)
     places = _sample_places(rng, number)
     return [Thing(shape, color, *place) for shape, color, place in zip(shapes, colors, places, strict=True)]
 
 
-def _sample_values(rng: np.random.Generator, values: tuple[str, ...], number: int) -> list[str]:
+def _sample_values(rng: np.random.Generator, values: tuple[str, ...], number: int, chances) -> list[str]:
     """A random value one to three times, others in turn: independent draws have few threes and few ones."""
-    alike = min(number, 1 + rng.choice(len(_ALIKE), p=_ALIKE))
+    alike = min(number, 1 + rng.choice(len(chances), p=chances))
     first, *others = rng.permutation(len(values))
     indices = np.append(np.repeat(first, alike), np.resize(others, number - alike))
     return [values[i] for i in rng.permutation(indices)]
@@ -216,6 +222,7 @@ def draw_rows(
     split: str = "train",
     seed: int = 0,
     kinds: tuple[str, ...] = KINDS,
+    different: bool = False,
 ) -> list[dict]:
     """Draw images with questions of different kinds; the same arguments give the same rows.
 
@@ -226,6 +233,7 @@ def draw_rows(
         split: "train", "validation" or "test".
         seed: another seed draws another world.
         kinds: of questions, some of `KINDS`.
+        different: the things of a scene share neither shape nor color, as far as there are shapes.
 
     Returns:
         Rows with `image` (RGB, 64 x 64, shared by its rows), `image_id`, `question`, `answer` and `kind`.
@@ -243,7 +251,7 @@ def draw_rows(
     asked = Counter()
     rows = []
     for image_id in range(num_images):
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, different)
         image = draw_scene(scene, rng)
         by_kind = defaultdict(list)
         for question in questions_about(scene):
@@ -268,12 +276,13 @@ def shapes_dataset(
     seed: int = 0,
     questions_per_image: int = QUESTIONS_PER_IMAGE,
     kinds: tuple[str, ...] = KINDS,
+    different: bool = False,
 ) -> "Dataset":
     """The rows of `draw_rows` as a `datasets.Dataset`, with the columns that a VQA set from the Hub has."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
-    rows = draw_rows(num_images, questions_per_image, split=split, seed=seed, kinds=kinds)
+    rows = draw_rows(num_images, questions_per_image, split=split, seed=seed, kinds=kinds, different=different)
     images = {row["image_id"]: row["image"] for row in rows}
     files = {image_id: _png(image) for image_id, image in images.items()}
     text = Value("string")
