@@ -1,11 +1,15 @@
 """Adapters by columns, splits and files, tasks and their targets, recipes."""
 
+import io
+
 import datasets
+import numpy as np
 import pytest
+import soundfile
 import torch
 from crossmodal.training.building import train_tokenizer
 from crossmodal.training.collator import SampleCollator
-from crossmodal.training.datasets import AUGMENTATIONS, GroupedSampler, RowDataset, find_adapter, load_rows
+from crossmodal.training.datasets import AUGMENTATIONS, GroupedSampler, RowDataset, find_adapter, join_rows, load_rows
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.tasks import VQATask
 from PIL import Image
@@ -39,6 +43,43 @@ def test_schemas_are_told_apart_by_their_columns():
     assert find_adapter(["image", "question", "answer", "image_id"], "vqa") == "easy_vqa"
     assert find_adapter(["image", "sentence", "label", "identifier"], "vqa") == "nlvr"
     assert find_adapter(vqa_v2_rows(True).column_names, "vqa") == "vqa_v2"
+
+
+def test_two_datasets_are_joined_on_a_class(tmp_path):
+    rates, sounds = {"low": 220.0, "high": 880.0}, {}
+    for name, frequency in rates.items():
+        file = io.BytesIO()
+        soundfile.write(file, np.sin(np.arange(800) * frequency * 2 * np.pi / 8000), 8000, format="WAV")
+        sounds[name] = file.getvalue()
+    labels = ["low", "high", "high", "low"]
+    columns = {"audio": [{"bytes": sounds[name], "path": None} for name in labels], "kind": labels, "take": range(4)}
+    first = datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio(decode=False))
+    colors = {"low": "red", "high": "blue"}
+    columns = {"image": [picture(colors[name]) for name in ("low", "high", "low")], "kind": ["low", "high", "low"]}
+    second = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    for name, rows in (("sounds", first), ("pictures", second)):
+        (tmp_path / name).mkdir()
+        rows.to_parquet(tmp_path / name / "train.parquet")
+    source = f"{tmp_path / 'sounds'} + {tmp_path / 'pictures'} on kind"
+    samples = RowDataset(load_rows(source, "train"), "retrieval")
+    assert samples.adapter_name == "sounds_and_images" and len(samples) == 4
+    for sample, name in zip(samples, labels, strict=True):
+        assert sample["target"]["keys"] == [("class", name)]
+        assert sample["images"].getpixel((0, 0)) == picture(colors[name]).getpixel((0, 0))
+        assert sample["audio"]["sampling_rate"] == 8000
+        peak = np.abs(np.fft.rfft(sample["audio"]["array"])).argmax() * 10.0
+        assert peak == pytest.approx(rates[name], abs=10)
+    with pytest.raises(ValueError, match="no column 'take' in the second"):
+        load_rows(source.replace("on kind", "on take"), "train")
+    with pytest.raises(ValueError, match="no row with kind='high'"):
+        join_rows(first, second.select([0, 2]), "kind")
+
+
+def test_a_broken_sound_is_named_with_its_row():
+    columns = {"audio": [{"bytes": b"RIFF nothing", "path": None}], "image": [picture()], "class": [0]}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match="row 0 of the dataset, column 'audio': not readable as sound"):
+        RowDataset(rows, "retrieval")[0]
 
 
 def test_a_missing_column_is_named_with_the_schemas_there_are():

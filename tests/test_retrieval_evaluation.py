@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+from itertools import combinations
 
 import datasets
 import pytest
 import torch
+from crossmodal.training import retrieval
 from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
 from crossmodal.training.recipes import Recipe
@@ -32,7 +34,9 @@ def test_ranks_and_precision_are_those_of_a_loop_with_ties_against_the_model(see
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 4, (6, 9), generator=generator).float()
     positive = torch.rand(6, 9, generator=generator) < 0.3
-    places, precisions = ranks_of(scores, positive)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "_WAYS", 3)
+        places, precisions, matching = ranks_of(scores, positive)
     for row in range(6):
         # Worst order that the scores allow: of equal scores, negatives first.
         order = sorted(range(9), key=lambda j: (-scores[row, j].item(), bool(positive[row, j])))
@@ -41,21 +45,35 @@ def test_ranks_and_precision_are_those_of_a_loop_with_ties_against_the_model(see
         if hits:
             expected = sum(n / place for n, place in enumerate(hits, 1)) / len(hits)
             assert abs(precisions[row].item() - expected) < 1e-6
+            negatives = [j for j in range(9) if not positive[row, j]]
+            rounds = [
+                all(scores[row, own] > scores[row, other] for other in others)
+                for own in range(9)
+                if positive[row, own]
+                for others in combinations(negatives, 2)
+            ]
+            if rounds:
+                assert abs(matching[row].item() - sum(rounds) / len(rounds)) < 1e-6
+            else:
+                assert math.isnan(matching[row].item())
         else:
-            assert math.isnan(precisions[row].item())
+            assert math.isnan(precisions[row].item()) and math.isnan(matching[row].item())
 
 
 def test_metrics_of_known_places():
-    found = metrics_of(torch.tensor([1, 3, 0, 12, 6]), torch.tensor([1.0, 0.5, torch.nan, 0.1, 0.2]))
+    places, precisions = torch.tensor([1, 3, 0, 12, 6]), torch.tensor([1.0, 0.5, torch.nan, 0.1, 0.2])
+    assert "10way" not in metrics_of(places, precisions, precisions.new_full((5,), torch.nan))
+    found = metrics_of(places, precisions, torch.tensor([1.0, 0.6, torch.nan, 0.2, 0.2]))
     assert found == {
         "r1": 25.0,
         "r5": 50.0,
         "r10": 75.0,
         "medr": 4.5,
         "map": pytest.approx(45.0),
+        "10way": pytest.approx(50.0),
     }
     with pytest.raises(ValueError, match="no query has a positive"):
-        metrics_of(torch.tensor([0]), torch.tensor([torch.nan]))
+        metrics_of(torch.tensor([0]), *torch.full((2, 1), torch.nan))
 
 
 def captions(images=3, texts=2):

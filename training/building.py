@@ -2,7 +2,14 @@
 
 from collections import Counter
 
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
+from transformers import (
+    FEATURE_EXTRACTOR_MAPPING,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    ViTImageProcessorPil,
+)
 
 import crossmodal
 
@@ -99,4 +106,20 @@ def _processor(recipe, config, sources, tokenizer):
         image_processor = ViTImageProcessorPil(size={"height": height, "width": width})
     elif "vision" in sources:
         image_processor = AutoImageProcessor.from_pretrained(sources["vision"])
-    return CrossModalProcessor.from_config(config, image_processor=image_processor, tokenizer=tokenizer)
+    return CrossModalProcessor.from_config(
+        config,
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        feature_extractor=_feature_extractor(recipe, config, sources),
+    )
+
+
+def _feature_extractor(recipe, config, sources):
+    """Of the first audio modality: its source's own, or that of its encoder's type with `processor.audio` of the recipe."""
+    name = next((n for n in config.modality_names if config.modality_settings[n]["type"] == "audio"), None)
+    if name is None:
+        return None
+    if name in sources:
+        return AutoFeatureExtractor.from_pretrained(sources[name])
+    kind = getattr(config, f"{name}_config")
+    return FEATURE_EXTRACTOR_MAPPING[type(kind)](**recipe.processor.get("audio") or {})

@@ -527,7 +527,8 @@ def _print_table(title, rows):
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right")
+        # Spaces, where a long name may break.
+        table.add_column(name.replace("_", " "), justify="right")
     for label, row in rows.items():
         table.add_row(label, *(_cell(row.get(name, "")) for name in names))
     # Where nobody says how wide it is (a file, a pipe), names are worth more than a short line.

@@ -2,7 +2,9 @@
 
 import difflib
 import hashlib
+import io
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,7 +25,7 @@ class Adapter:
         columns: columns a dataset must have to be of this schema.
         inputs: input of the processor to the column that holds it.
         target: row (without its images) to what the task learns from.
-        images: columns that hold images.
+        images, sounds: columns that hold images, and encoded sound.
         group: row (without its images) to what it shares with others, which no split may tear apart, or None.
         several: column that may hold a list, each item of which makes a sample of its own (captions of an image), or None.
     """
@@ -33,8 +35,14 @@ class Adapter:
     inputs: dict[str, str]
     target: Callable[[dict], object]
     images: tuple[str, ...] = ("image",)
+    sounds: tuple[str, ...] = ()
     group: Callable[[dict], object] = lambda row: row.get("image_id")
     several: str | None = None
+
+    @property
+    def files(self):
+        """Columns that are decoded only when a sample is read."""
+        return [*self.images, *self.sounds]
 
 
 def _annotators(row):
@@ -92,6 +100,15 @@ DATASETS = {
     "caption": _pairs("image", "caption"),
     "sentences": _pairs("image", "sentences"),
     "emoji": _pairs("image", "name", "keywords"),
+    # Of two datasets (see `load_rows`): whatever is of one class belongs together.
+    "sounds_and_images": Adapter(
+        "retrieval",
+        ("audio", "image", "class"),
+        {"audio": "audio", "images": "image"},
+        lambda row: {"id": None, "keys": [("class", row["class"])]},
+        sounds=("audio",),
+        group=lambda row: None,
+    ),
     "facts": Adapter(
         "vqa",
         ("image", "question", "facts"),
@@ -160,6 +177,9 @@ _DRAWN_ROWS = 12_000
 def load_rows(source, split, limit=None):
     """One split of a dataset: a Hub id, a folder or a file that `datasets.load_dataset` reads, or a world of `DRAWN`.
 
+    `A + B on COLUMN` joins two of these: every row of A with a row of B of the same class in COLUMN, drawn once and for all,
+    and the class in the column `class`.
+
     A single file (.parquet, .jsonl, .json, .csv) is taken as the split that is asked for. `limit` says how many rows of a
     drawn world are drawn.
 
@@ -169,6 +189,9 @@ def load_rows(source, split, limit=None):
     import datasets
     from datasets.inspect import SplitsNotFoundError
 
+    if joined := re.fullmatch(r"(.+?) \+ (.+?) on (\w+)", source):
+        first, second, column = joined.groups()
+        return join_rows(load_rows(first, split, limit), load_rows(second, split, limit), column)
     if source in DRAWN:
         return DRAWN[source](split, limit or _DRAWN_ROWS)
     path = Path(source)
@@ -199,6 +222,31 @@ def load_rows(source, split, limit=None):
         raise ValueError(f"the dataset {source!r} cannot be read: {str(cause).splitlines()[0]}") from error
 
 
+def join_rows(first, second, column):
+    """Rows of `first`, each with the columns of a row of `second` that has the same value in `column`; that value is in the
+    column `class` then.
+
+    Raises:
+        ValueError: if one lacks the column, or the second a class of the first.
+    """
+    import datasets
+
+    for name, rows in (("first", first), ("second", second)):
+        if column not in rows.column_names:
+            raise ValueError(
+                f"no column {column!r} in the {name} dataset to join on; it has {sorted(rows.column_names)}."
+            )
+    places, draw = {}, random.Random(0)
+    for place, value in enumerate(second[column]):
+        places.setdefault(value, []).append(place)
+    if missing := set(first[column]) - set(places):
+        raise ValueError(f"the second dataset has no row with {column}={sorted(missing)[0]!r}, and the first has.")
+    partners = second.select([draw.choice(places[value]) for value in first[column]])
+    own = first.rename_column(column, "class")
+    partners = partners.remove_columns([name for name in partners.column_names if name in (column, *own.column_names)])
+    return datasets.concatenate_datasets([own, partners], axis=1)
+
+
 def some_of(rows, limit, seed):
     """`limit` of the rows, drawn with the seed; all of them if there are no more, or limit is None."""
     return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
@@ -208,7 +256,7 @@ def hold_out(rows, task, part):
     """(rows to train on, rows held out to choose by): whole groups of the adapter, the same whatever the seed."""
     adapter = DATASETS[find_adapter(rows.column_names, task)]
     kept, held = [], []
-    for index, row in enumerate(rows.remove_columns(adapter.images)):
+    for index, row in enumerate(rows.remove_columns(adapter.files)):
         group = adapter.group(row)
         group = index if group is None else group
         drawn = int.from_bytes(hashlib.sha256(str(group).encode()).digest()[:8], "big") / 2**64
@@ -242,10 +290,12 @@ class RowDataset(Dataset):
         for column in self.adapter.images:
             # Decoded here, so that a broken image is named with its row.
             rows = rows.cast_column(column, datasets.Image(decode=False))
+        for column in self.adapter.sounds:
+            rows = rows.cast_column(column, datasets.Audio(decode=False))
         self.rows = rows
         # (row, item of the list in the column `several`, or None) of every sample.
         self.places = [(row, None) for row in range(len(rows))]
-        several, plain = self.adapter.several, rows.remove_columns(self.adapter.images)
+        several, plain = self.adapter.several, rows.remove_columns(self.adapter.files)
         if several is not None:
             held = [len(value) if isinstance(value, list) else None for value in plain[several]]
             self.places = [
@@ -278,7 +328,7 @@ class RowDataset(Dataset):
         return sample | {"target": self.targets[index], "row": index}
 
     def raw_column(self, key):
-        """Iterates over the values of an input as they are stored: images as `{"bytes", "path"}`."""
+        """Iterates over the values of an input as they are stored: images and sounds as `{"bytes", "path"}`."""
         column = self.adapter.inputs.get(key)
         if column is None:
             return iter([None] * len(self))
@@ -301,12 +351,30 @@ class RowDataset(Dataset):
 
     def _read(self, index, row, key):
         column = self.adapter.inputs[key]
-        if column not in self.adapter.images or row[column] is None:
+        if column not in self.adapter.files or row[column] is None:
             return self._item(row[column], column, self.places[index][1])
+        read = read_sound if column in self.adapter.sounds else _read_once
         try:
-            return _read_once(row[column].get("bytes") or row[column].get("path"))
+            return read(row[column].get("bytes") or row[column].get("path"))
         except ValueError as error:
             raise ValueError(f"row {self.places[index][0]} of the dataset, column {column!r}: {error}") from error
+
+
+def read_sound(source):
+    """`{"array": (samples,) float32, "sampling_rate": Hz}` of a sound file, given as its bytes or path; channels are averaged.
+
+    Raises:
+        ValueError: if soundfile is not installed, or cannot read it.
+    """
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ValueError("sound files are read with soundfile. Install it with `pip install soundfile`.") from error
+    try:
+        array, rate = soundfile.read(io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32")
+    except (soundfile.SoundFileError, TypeError) as error:
+        raise ValueError(f"not readable as sound: {error}") from error
+    return {"array": array if array.ndim == 1 else array.mean(axis=1), "sampling_rate": rate}
 
 
 @lru_cache(maxsize=64)

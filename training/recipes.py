@@ -32,7 +32,8 @@ class Recipe:
         model: `preset` or `encoders` (modality to Hub id, folder, or config with `model_type`, or
             `{model: ..., levels: ...}`), `config` (fields of CrossModalConfig), `freeze`.
         processor: `image_size` [height, width] for encoders without an image processor of their own; `tokenizer`: a Hub
-            id or folder, or `train` to train one of `vocab_size` on the questions.
+            id or folder, or `train` to train one of `vocab_size` on the questions; `audio`: of audio encoders likewise,
+            arguments of their type's feature extractor.
         token_cache: true keeps the tokens of frozen encoders with the checkpoints of the run, where they are computed once;
             a folder shares them between runs.
         learning_rates: per modality encoder, `fusion` and `head`; others take `training.learning_rate`.
@@ -71,7 +72,7 @@ class Recipe:
 
     _SECTIONS = {
         "model": ("preset", "encoders", "config", "freeze"),
-        "processor": ("image_size", "tokenizer", "vocab_size"),
+        "processor": ("image_size", "tokenizer", "vocab_size", "audio"),
     }
     _STAGE = (
         "dataset",

@@ -18,6 +18,8 @@ from .collator import SampleCollator
 
 # Queries whose scores are in memory at once, and pairs that cross-attention reads at once.
 _CHUNK, _PAIRS = 1024, 1024
+# Candidates of N-way matching: a right one and others.
+_WAYS = 10
 
 
 def direction_names(config):
@@ -32,8 +34,9 @@ def direction_names(config):
 def ranks_of(scores, positive):
     """Places of positives among candidates, ties decided against them.
 
-    scores (Q,C), positive (Q,C) bool. Returns the place of the best positive (Q,) from 1 on, and average precision (Q,);
-    0 and NaN for a query without a positive. Of equal scores, negatives come first.
+    scores (Q,C), positive (Q,C) bool. Returns the place of the best positive (Q,) from 1 on, average precision (Q,), and the
+    chance that a positive comes before 9 random negatives (Q,), 10-way matching in expectation. 0 and NaN for a query without
+    a positive. Of equal scores, negatives come first.
     """
     order = scores.masked_fill(positive, -torch.inf).sort(dim=1, descending=True).values
     own = scores.masked_fill(~positive, -torch.inf)
@@ -42,22 +45,30 @@ def ranks_of(scores, positive):
     above = torch.searchsorted(-order, -best[:, None], right=True).squeeze(1)
     # Positives themselves stand at -inf in the list, and below every finite score.
     places = torch.where(count > 0, above + 1, 0)
-    precision = torch.full((len(scores),), torch.nan)
+    precision, matching = torch.full((2, len(scores)), torch.nan).unbind()
     for row in (count > 0).nonzero().squeeze(1).tolist():
         mine = scores[row, positive[row]].sort(descending=True).values
-        nth = torch.arange(1, len(mine) + 1)
-        precision[row] = (nth / (nth + torch.searchsorted(-order[row], -mine, right=True))).mean()
-    return places, precision
+        nth, before = torch.arange(1, len(mine) + 1), torch.searchsorted(-order[row], -mine, right=True)
+        precision[row] = (nth / (nth + before)).mean()
+        negatives = scores.shape[1] - len(mine)
+        if negatives >= _WAYS - 1:
+            # Draws without any of those before: C(negatives - before, 9) / C(negatives, 9).
+            drawn = torch.arange(_WAYS - 1)
+            left = (negatives - before[:, None] - drawn).clamp(min=0)
+            matching[row] = (left / (negatives - drawn)).prod(dim=1).mean()
+    return places, precision, matching
 
 
-def metrics_of(places, precisions):
-    """{"r1", "r5", "r10", "map" in per cent, "medr"} of queries that have a positive."""
+def metrics_of(places, precisions, matching):
+    """{"r1", "r5", "r10", "map", "10way" in per cent, "medr"} of queries that have a positive, from `ranks_of`."""
     there = places > 0
     places = places[there].float()
     if not len(places):
         raise ValueError("no query has a positive candidate: there is nothing to find.")
     found = {f"r{k}": 100 * (places <= k).float().mean().item() for k in (1, 5, 10)}
-    return found | {"medr": statistics.median(places.tolist()), "map": 100 * precisions[there].mean().item()}
+    found |= {"medr": statistics.median(places.tolist()), "map": 100 * precisions[there].mean().item()}
+    # Where there are so many negatives at all.
+    return found if matching[there].isnan().any() else found | {"10way": 100 * matching[there].mean().item()}
 
 
 def score_directions(score: Callable, right, sizes, letters, folds=None):
@@ -75,14 +86,14 @@ def score_directions(score: Callable, right, sizes, letters, folds=None):
     for first, second in folds or [(torch.arange(sizes[0]), torch.arange(sizes[1]))]:
         metrics = {}
         for swap, queries, candidates in ((False, first, second), (True, second, first)):
-            places, precisions = [], []
+            found_ranks = []
             for part in queries.split(_CHUNK):
                 positive = right(candidates, part).T if swap else right(part, candidates)
-                place, precision = ranks_of(score(part, candidates, swap).float(), positive)
-                places.append(place)
-                precisions.append(precision)
+                found_ranks.append(ranks_of(score(part, candidates, swap).float(), positive))
             name = "2".join(letters[::-1] if swap else letters)
-            metrics |= {f"{name}_{k}": v for k, v in metrics_of(torch.cat(places), torch.cat(precisions)).items()}
+            metrics |= {
+                f"{name}_{k}": v for k, v in metrics_of(*map(torch.cat, zip(*found_ranks, strict=True))).items()
+            }
         found.append(metrics)
     return {key: statistics.mean(metrics[key] for metrics in found) for key in found[0]}
 

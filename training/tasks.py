@@ -183,7 +183,7 @@ class RetrievalTask:
     @staticmethod
     def table(name, metrics):
         rows = {f"{name}, two stages": "", f"{name}, embeddings": "contrastive_", f"{name}, all pairs": "full_"}
-        short = ("mean_r1", "_r1", "_r5", "_r10", "_medr")
+        short = ("mean_r1", "_r1", "_r5", "_r10", "_medr", "_10way")
         table = {}
         for label, prefix in rows.items():
             own = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}

@@ -24,8 +24,8 @@ class CrossModalTrainer(Trainer):
 
     The log has, beside the loss, how the modalities share the work: `weight_<m>` (their mean weight since the last entry),
     `auxiliary_loss_<m>` (of the modality alone, where the config asks for it) and `gradient_norm_<m>` (of its encoder and
-    its projection at this step, after clipping); of retrieval also `part_<name>` of the loss. Training stops with `TrainingDiverged` at the first loss or gradient that
-    is not finite, before it reaches the weights.
+    its projection at this step, after clipping); of retrieval also `part_<name>` of the loss. Training stops with
+    `TrainingDiverged` at the first loss or gradient that is not finite, before it reaches the weights.
 
     Args:
         learning_rates: component to learning rate. Components are the modality names (their encoders), `fusion`
@@ -232,7 +232,7 @@ class EpochReport(TrainerCallback):
     """One line per evaluation: epoch, training loss and the task's metric."""
 
     def __init__(self, metric, write):
-        self.metric, self.write, self.loss = metric, write, float("nan")
+        self.metric, self.write, self.loss = metric, write, None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.loss = (logs or {}).get("loss", self.loss)
@@ -240,7 +240,8 @@ class EpochReport(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         value = (metrics or {}).get(f"eval_{self.metric}")
         if state.is_world_process_zero and value is not None:
-            self.write(f"epoch {state.epoch:6.2f}   loss {self.loss:.4f}   {self.metric} {value:.4f}")
+            loss = "     -" if self.loss is None else f"{self.loss:.4f}"
+            self.write(f"epoch {state.epoch:6.2f}   loss {loss}   {self.metric} {value:.4f}")
 
 
 DEFAULTS = {
