@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
+from transformers.utils import logging
 
 # Not called here: what a file imports is saved with it, and a folder with model and processor runs in `pipeline`.
 from .pipeline_crossmodal import CrossModalPipeline  # noqa: F401
 
+
+logger = logging.get_logger(__name__)
 
 try:
     from PIL import Image
@@ -32,6 +35,9 @@ _SUB_PROCESSORS = {
     "text": "tokenizer",
     "audio": "feature_extractor",
 }
+# From here on a tokenizer's `model_max_length` says that it has none.
+_NO_LIMIT = 1_000_000
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xmod", "data2vec-text")
 _LOADERS = {
     "image_processor": AutoImageProcessor,
     "tokenizer": AutoTokenizer,
@@ -119,6 +125,10 @@ class CrossModalProcessor(ProcessorMixin):
             modality = {"name": name, "type": settings["type"], "values": values, "mask": mask}
             if settings.get("max_tokens") is not None:
                 modality["max_tokens"] = settings["max_tokens"]
+            elif settings["type"] == "text" and getattr(tokenizer, "model_max_length", 0) >= _NO_LIMIT:
+                # A tokenizer that was made here knows no limit; the encoder has one.
+                positions = _positions_of(getattr(config, f"{name}_config"))
+                modality |= {} if positions is None else {"max_tokens": positions}
             if (options or {}).get(name):
                 modality["options"] = dict(options[name])
             modalities.append(modality)
@@ -270,7 +280,7 @@ class CrossModalProcessor(ProcessorMixin):
                     "or None for a row without text."
                 )
         limit = modality.get("max_tokens")
-        if limit is None and self.tokenizer.model_max_length < 1_000_000:
+        if limit is None and self.tokenizer.model_max_length < _NO_LIMIT:
             limit = self.tokenizer.model_max_length
         encoded = self.tokenizer(
             items,
@@ -280,6 +290,11 @@ class CrossModalProcessor(ProcessorMixin):
             return_tensors="pt",
             **modality.get("options", {}),
         )
+        if limit is not None and encoded["input_ids"].shape[1] >= limit:
+            if any(part.overflowing for part in encoded.encodings or ()):
+                logger.warning_once(
+                    f"some {modality['name']!r} is longer than the limit of {limit} tokens, and is cut there. This is said once."
+                )
         return {modality["values"]: encoded["input_ids"], modality["mask"]: encoded["attention_mask"]}
 
     def _process_vision_rows(self, modality, items, rows):
@@ -385,6 +400,14 @@ def _default_modalities(given):
             "name": "audio", "type": "audio", "values": values, "mask": "audio_attention_mask"
         }  # fmt: skip
     return [keys[name] for name in given]
+
+
+def _positions_of(config):
+    """Longest text that a text encoder of this config takes, or None."""
+    count = getattr(config, "max_position_embeddings", None)
+    # RoBERTa and its kin number positions from behind the padding token on.
+    offset = config.pad_token_id + 1 if count is not None and config.model_type in _OFFSET_POSITIONS else 0
+    return None if count is None else count - offset
 
 
 def _as_rows(kind, value):

@@ -38,6 +38,29 @@ def test_every_form_of_the_same_image_gives_the_same_pixels(processor, tmp_path)
     torch.testing.assert_close(pixels, pixels[:1].expand_as(pixels), rtol=0, atol=0)
 
 
+def test_a_text_longer_than_the_encoder_takes_is_cut_with_one_warning(monkeypatch):
+    from crossmodal.processing import processing_crossmodal as module
+
+    processor, model = tiny_processor_and_model()
+    limit, said = model.config.text_config.max_position_embeddings, []
+    monkeypatch.setattr(module.logger, "warning_once", said.append)
+    whole = "what color is this? " * limit
+    batch = processor(images=[picture()] * 2, text=["which color?", whole])
+    assert batch["input_ids"].shape == (2, limit) and len(said) == 1 and f"limit of {limit} tokens" in said[0]
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()
+    processor(images=picture(), text="which color?")
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("kind, pad, limit", [("bert", 0, 64), ("roberta", 1, 62), ("mpnet", 1, 62)])
+def test_positions_of_an_encoder_are_those_that_a_text_may_take(kind, pad, limit):
+    from crossmodal.processing.processing_crossmodal import _positions_of
+    from transformers import CONFIG_MAPPING
+
+    assert _positions_of(CONFIG_MAPPING[kind](max_position_embeddings=64, pad_token_id=pad)) == limit
+
+
 def test_rows_that_lack_a_modality_are_marked_in_the_order_of_the_config(processor):
     batch = processor(
         images=[picture(), None, None],
