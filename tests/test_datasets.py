@@ -45,6 +45,17 @@ def test_schemas_are_told_apart_by_their_columns():
     assert find_adapter(vqa_v2_rows(True).column_names, "vqa") == "vqa_v2"
 
 
+def test_a_column_tells_the_splits_where_all_rows_lie_in_one(tmp_path):
+    values = ["train", "val", "restval", "test", "test"]
+    columns = {"image": [picture()] * 5, "caption": [["a"], ["b"], ["c"], ["d"], ["e"]], "split": values}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "test.parquet")
+    found = {split: load_rows(str(tmp_path), split)["caption"][:] for split in ("train", "validation", "test")}
+    assert found == {"train": [["a"], ["c"]], "validation": [["b"]], "test": [["d"], ["e"]]}
+    with pytest.raises(ValueError, match="no split 'other'"):
+        load_rows(str(tmp_path), "other")
+
+
 def test_two_datasets_are_joined_on_a_class(tmp_path):
     rates, sounds = {"low": 220.0, "high": 880.0}, {}
     for name, frequency in rates.items():

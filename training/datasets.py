@@ -180,6 +180,8 @@ def load_rows(source, split, limit=None):
     `A + B on COLUMN` joins two of these: every row of A with a row of B of the same class in COLUMN, drawn once and for all,
     and the class in the column `class`.
 
+    Where all rows lie in one split, and a column `split` tells more (Flickr30K on the Hub), that column decides.
+
     A single file (.parquet, .jsonl, .json, .csv) is taken as the split that is asked for. `limit` says how many rows of a
     drawn world are drawn.
 
@@ -208,6 +210,10 @@ def load_rows(source, split, limit=None):
         ):
             raise ValueError(f"the dataset {source!r} does not exist. Give a folder, a file or a Hub id.")
         splits = datasets.get_dataset_split_names(source)
+        if len(splits) == 1:
+            rows = _by_column(datasets.load_dataset(source, split=splits[0]), split)
+            if rows is not None:
+                return rows
         if split not in splits:
             near = sorted(splits, key=lambda s: -difflib.SequenceMatcher(None, split, s).ratio())
             raise ValueError(f"the dataset {source!r} has no split {split!r}. It has: {', '.join(near)}.")
@@ -220,6 +226,19 @@ def load_rows(source, split, limit=None):
     except (ConnectionError, datasets.exceptions.DatasetGenerationError, SplitsNotFoundError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"the dataset {source!r} cannot be read: {str(cause).splitlines()[0]}") from error
+
+
+# What a column `split` calls them. Karpathy's `restval` of COCO is trained on.
+_SPLIT_VALUES = {"train": ("train", "restval"), "validation": ("validation", "val", "dev")}
+
+
+def _by_column(rows, split):
+    """Rows of a split that a column `split` tells, as in Karpathy's COCO and Flickr30K on the Hub; None if it tells none."""
+    if "split" not in rows.column_names:
+        return None
+    values = _SPLIT_VALUES.get(split, (split,))
+    chosen = [row for row, value in enumerate(rows["split"]) if value in values]
+    return rows.select(chosen) if chosen else None
 
 
 def join_rows(first, second, column):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +65,13 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
             model = fit(trained, reader, task_now, dataset, None, training, running, stage, checkpoint, write).model
             # Written aside and renamed: a folder with this name is whole.
             model.save_pretrained(running / "writing")
-            os.replace(running / "writing", done)
+            try:
+                os.replace(running / "writing", done)
+            except OSError:
+                # Another run that shares this stage was faster.
+                if not done.is_dir():
+                    raise
+                shutil.rmtree(running / "writing")
         if "keep" in own:
             fresh = build(recipe, task_next, read)[0]
             kept = {n: v for n, v in model.state_dict().items() if component_of(n) in own["keep"]}
