@@ -236,8 +236,6 @@ class CrossModalConfig(PreTrainedConfig):
         task_names: of a model that serves several tasks: the weights then depend on `task_ids` of the forward.
         modality_dropout: in training, the probability that a row loses a modality (never its last one): a number for all,
             or a dict by name.
-        shortcut_dropout: in training, the probability that a modality which was only looked at (see `fusion_queries`) is kept
-            from the head, in rows where another looked at it: what is asked of it must then be found by looking.
         missing_tokens: a learned token stands in for a modality that a row lacks, for the others to look at.
         auxiliary_loss_weight: of the losses of one classifier per modality, each on what it knows alone.
         attention_kernel: what computes attention in the fusion (KERNELS of kernels_crossmodal.py): `"exact"`; for long inputs
@@ -314,7 +312,6 @@ class CrossModalConfig(PreTrainedConfig):
     modality_weighting: str = "adaptive"
     task_names: list[str] | None = None
     modality_dropout: float | int | dict[str, float] = 0.0
-    shortcut_dropout: float | int = 0.0
     missing_tokens: bool = False
     auxiliary_loss_weight: float | int = 0.0
     attention_kernel: str = "exact"
@@ -580,8 +577,6 @@ class CrossModalConfig(PreTrainedConfig):
                 raise ValueError(
                     f"modality_dropout={self.modality_dropout!r}. Expected probabilities from 0 to below 1."
                 )
-        if not 0 <= self.shortcut_dropout < 1:
-            raise ValueError(f"shortcut_dropout={self.shortcut_dropout!r}. Expected a probability from 0 to below 1.")
         if self.modality_weighting == "uncertainty" and not self.auxiliary_loss_weight:
             raise ValueError(
                 "modality_weighting='uncertainty' is taught by the losses of each modality alone, and "

@@ -291,10 +291,6 @@ class CrossModalModel(CrossModalPreTrainedModel):
         self.modality_types = nn.Embedding(len(config.modality_names), config.hidden_size)
         self.projections = nn.ModuleDict({name: ModalityProjection(config, name) for name in config.modality_names})
         self.fusion = FUSIONS[config.fusion_type](config)
-        alone = FUSIONS[config.fusion_type].independent(config)
-        looks = config.gate != "closed" and len(alone) < len(config.modality_names)
-        # Modalities that reach the head as their encoder left them, while others look at them.
-        self.shortcuts = [config.modality_names.index(name) for name in alone] if looks else []
         self.poolings = nn.ModuleDict({name: TokenPooling(config) for name in config.modality_names})
         self.weighting = ModalityWeighting(config)
         if config.missing_tokens:
@@ -528,26 +524,13 @@ class CrossModalModel(CrossModalPreTrainedModel):
         }
         embeddings = self._by_modality(pooled)
         weights, log_variances = self.weighting(embeddings, presence, task_ids)
-        used = weights
-        if self.training and self.config.shortcut_dropout and self.shortcuts:
-            used = self._drop_shortcuts(weights, presence)
         fused = 0
         for index, name in enumerate(self.config.modality_names):
             if name in tokens:
-                fused = fused + used[:, index, None] * self.outputs[name](embeddings[:, index])
+                fused = fused + weights[:, index, None] * self.outputs[name](embeddings[:, index])
         if return_tokens:
             tokens = {n: shared[n].spread(stream) if n in shared else stream for n, stream in tokens.items()}
         return tokens if return_tokens else None, embeddings, weights, log_variances, fused, attentions
-
-    def _drop_shortcuts(self, weights, presence):
-        """weights (B,M) without those of some modalities that were only looked at; rows still sum to 1."""
-        looking = [index for index in range(presence.shape[1]) if index not in self.shortcuts]
-        dropped = torch.zeros_like(presence)
-        chance = torch.rand(len(presence), len(self.shortcuts), device=presence.device)
-        dropped[:, self.shortcuts] = chance < self.config.shortcut_dropout
-        dropped &= presence[:, looking].any(dim=1, keepdim=True)
-        kept = weights.masked_fill(dropped, 0.0)
-        return kept / kept.sum(dim=1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
 
     def _by_modality(self, vectors):
         """{modality: (B,D)} of those present to (B,M,D), 0 for the absent."""

@@ -64,40 +64,6 @@ def test_modality_dropout_keeps_to_the_rows_that_have_the_modality():
         assert weights.isfinite().all() and (weights[~PRESENCE] == 0).all()
 
 
-# Shortcuts past the fusion
-
-
-def test_shortcut_dropout_keeps_what_was_only_looked_at_from_the_head_where_another_looked():
-    model = model_of("vision", "text", fusion_queries=["text"], shortcut_dropout=0.5)
-    batch, seen = zoo.tiny_batch(model.config), []
-    both = torch.tensor([[True, True]] * 3 + [[True, False]])
-    model.crossmodal.outputs["vision"].register_forward_hook(lambda module, inputs, output: seen.append(output))
-
-    def touched(model):
-        """Rows whose pooled vision reaches the head."""
-        seen.clear()
-        pooled = model.crossmodal(**batch, modality_mask=both).pooler_output
-        gradient = torch.autograd.grad(pooled.sum(), seen[0])[0]
-        return gradient.abs().sum(dim=1) > 0
-
-    assert touched(model.eval()).all()
-    model.train()
-    found = torch.stack([touched(model) for _ in range(200)]).float().mean(dim=0)
-    assert found[3] == 1 and all(0.35 < share < 0.65 for share in found[:3].tolist())
-    torch.testing.assert_close(model(**batch).modality_weights.sum(1), torch.ones(4))
-
-
-@pytest.mark.parametrize("options", [{"fusion_type": "concat"}, {"gate": "closed"}, {"fusion_queries": None}])
-def test_shortcut_dropout_leaves_models_alone_that_have_no_shortcut(options):
-    found = []
-    for rate in (0.0, 0.9):
-        model = model_of(**{"fusion_queries": ["text"]} | options, shortcut_dropout=rate).train()
-        batch = zoo.tiny_batch(model.config)
-        torch.manual_seed(1)
-        found.append(model(**batch).logits)
-    torch.testing.assert_close(*found, **EXACT)
-
-
 # Tokens that stand in
 
 
