@@ -161,11 +161,6 @@ class FusionOperator(nn.Module):
 
     layer_class = None
 
-    @staticmethod
-    def independent(config):
-        """Modalities whose streams depend on their own input alone."""
-        return []
-
     def __init__(self, config):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
@@ -233,10 +228,6 @@ class CrossFusion(FusionOperator):
             shared = {name: item for name, item in shared.items() if name not in met}
         return tokens, attentions, shared
 
-    @staticmethod
-    def independent(config):
-        return [name for name in config.modality_names if name not in (config.fusion_queries or config.modality_names)]
-
 
 class ConcatFusion(FusionOperator):
     """Late fusion, the baseline of every claim: depths are added up, and modalities meet only in the head."""
@@ -247,10 +238,6 @@ class ConcatFusion(FusionOperator):
 
         def forward(self, tokens, masks, output_attentions=False):
             return tokens, {}
-
-    @staticmethod
-    def independent(config):
-        return config.modality_names
 
     def run_layers(self, levels, masks, output_attentions, shared):
         tokens, attentions, _ = super().run_layers(levels, masks, output_attentions, {})
