@@ -314,9 +314,11 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
 
     def rank(self, features, presence=None):
         """Scores (P,) by which candidates are ranked: what cross-attention says, and what the embeddings say, which are
-        both log odds of belonging together. Arguments as `match`."""
+        both log odds of belonging together, each if it was trained. Arguments as `match`."""
+        if not self.config.matching_weight:
+            return self._scaled(self.similarity(features))
         scores, _, _ = self.match(features, presence)
-        if self.config.matching == "classifier":
+        if self.config.matching == "classifier" and self.config.contrastive_weight:
             scores = scores + self._scaled(self.similarity(features))
         return scores
 

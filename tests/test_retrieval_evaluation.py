@@ -176,6 +176,14 @@ def test_ranking_everything_again_is_the_score_of_all_pairs(trained):
     as_a_user = evaluate(result["model"], result["processor"], pair_rows(6), None, progress=False)
     only = evaluate(result["model"], result["processor"], pair_rows(6), None, progress=False, rerank=0)
     assert "contrastive_mean_r1" in only and only["mean_r1"] == only["contrastive_mean_r1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(result["model"].config, "contrastive_weight", 0.0)
+        all_ranked = evaluate(result["model"], result["processor"], pair_rows(6), None, progress=False, full=True)
+        assert all_ranked["mean_r1"] == all_ranked["full_mean_r1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(result["model"].config, "matching_weight", 0.0)
+        none_ranked = evaluate(result["model"], result["processor"], pair_rows(6), None, progress=False)
+        assert none_ranked["mean_r1"] == none_ranked["contrastive_mean_r1"]
     with pytest.raises(ValueError, match="rank does not go with CrossModalForRetrieval.*rerank.*fold_size"):
         evaluate(result["model"], result["processor"], pair_rows(6), None, progress=False, rank=5)
     assert as_a_user.keys() == alone.keys()

@@ -196,12 +196,19 @@ def evaluate_two_stages(model, processor, samples, rerank=32, full=False, fold_s
         full: also score all pairs. fold_size: average over folds of so many inputs of the first modality (1000: the "1K"
             protocol of COCO), each with what is right for it of the second.
 
+    A model whose embeddings were not trained (`contrastive_weight=0`) has every candidate ranked by cross-attention, and one
+    whose cross-attention was not (`matching_weight=0`) none.
+
     Returns:
         metrics (see `score_directions`) of the two stages together; with `contrastive_` before them of the embeddings alone,
         with `full_` of all pairs.
     """
     names, letters = direction_names(model.config)
     first, right = inputs_of(samples.targets)
+    if not model.config.matching_weight:
+        rerank, full = 0, False
+    elif not model.config.contrastive_weight and rerank:
+        rerank = len(samples)
     stores = {
         name: features_of(model, processor, samples, name, rows, progress=progress)
         for name, rows in zip(names, (first, None), strict=True)
