@@ -1,6 +1,7 @@
 """The index: what it finds is what the model finds, it survives being cut off, and says what is wrong with it."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_duplicates_are_left_out_and_more_than_there_is_may_be_asked_for(index, 
     assert index.add("vision", world[2][:3] * 2) == 0
     assert index.sizes == {"vision": 6, "text": 6}
     assert len(index.search(text="red and blue", top_k=100, rerank=100)) == 6
+
+
+def test_with_and_without_faiss_the_same_is_found(index, world, monkeypatch):
+    pytest.importorskip("faiss")
+    model, processor, _, texts = world
+    found = []
+    for there in (True, False):
+        if not there:
+            monkeypatch.setitem(sys.modules, "faiss", None)
+        own = CrossModalIndex(index.folder, model, processor)
+        found.append(own.search(text=texts[1], top_k=6, rerank=0))
+        assert (own.stores["vision"]._faiss is not None) == there
+    assert [hit["title"] for hit in found[0]] == [hit["title"] for hit in found[1]]
+    assert [hit["score"] for hit in found[0]] == pytest.approx([hit["score"] for hit in found[1]], abs=1e-5)
 
 
 def test_an_index_is_read_from_its_folder(index, world):
