@@ -15,6 +15,8 @@ _EXPORTS = {
     "CrossModalForVQA": "modeling.classification_crossmodal",
     "CrossModalForSequenceClassification": "modeling.classification_crossmodal",
     "CrossModalForRetrieval": "modeling.retrieval_crossmodal",
+    "CrossModalForCaptioning": "modeling.captioning_crossmodal",
+    "TextDecoderConfig": "modeling.configuration_crossmodal",
     "CrossModalProcessor": "processing.processing_crossmodal",
     "CrossModalVQAPipeline": "processing.pipeline_crossmodal",
     "CrossModalTrainer": "training.trainer",
@@ -29,6 +31,7 @@ _AUTO_CLASSES = {
     "AutoModelForVisualQuestionAnswering": "CrossModalForVQA",
     "AutoModelForSequenceClassification": "CrossModalForSequenceClassification",
     "AutoModelForZeroShotImageClassification": "CrossModalForRetrieval",
+    "AutoModelForImageTextToText": "CrossModalForCaptioning",
 }
 HEADS = tuple(head for head in _AUTO_CLASSES.values() if head != "CrossModalModel")
 

@@ -19,6 +19,7 @@ _AUTO_MAP = {
     "AutoModelForVisualQuestionAnswering": "classification_crossmodal.CrossModalForVQA",
     "AutoModelForSequenceClassification": "classification_crossmodal.CrossModalForSequenceClassification",
     "AutoModelForZeroShotImageClassification": "retrieval_crossmodal.CrossModalForRetrieval",
+    "AutoModelForImageTextToText": "captioning_crossmodal.CrossModalForCaptioning",
     "AutoProcessor": "processing_crossmodal.CrossModalProcessor",
 }
 
@@ -200,14 +201,69 @@ class FeatureSequenceConfig(PreTrainedConfig):
             )
 
 
+@strict
+class TextDecoderConfig(PreTrainedConfig):
+    """Decoder of `CrossModalForCaptioning`: text, word by word, from the fused tokens of all modalities.
+
+    Args:
+        decoder_type: row of `DECODERS` in decoder_crossmodal.py: `"transformer"`, or `"gru"` (recurrent, as in the research
+            note; `num_hidden_layers` GRUs, and `num_attention_heads` of the attention on the memory).
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, max_position_embeddings: the
+            decoder; its width need not be that of the fusion.
+        gated_cross_attention: cross-attention through tanh of a learned number, 0 at the start: a decoder whose weights come
+            from a pretrained causal model then begins as that model.
+        bos_token_id, eos_token_id, pad_token_id: a text begins with the first, which is never generated, and ends with the
+            second.
+        label_smoothing: of the cross entropy. loss_chunk_size: words whose scores of all the vocabulary are in memory at once
+            in training (None: all).
+    """
+
+    model_type = "crossmodal_text_decoder"
+
+    decoder_type: str = "transformer"
+    vocab_size: int = 30522
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    hidden_act: str = "gelu"
+    hidden_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    max_position_embeddings: int = 128
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    gated_cross_attention: bool = False
+    bos_token_id: int = 101
+    eos_token_id: int | list[int] = 102
+    pad_token_id: int = 0
+    label_smoothing: float | int = 0.0
+    loss_chunk_size: int | None = None
+    tie_word_embeddings: bool = True
+
+    def validate_architecture(self):
+        from .decoder_crossmodal import DECODERS
+
+        if self.decoder_type not in DECODERS:
+            near = nearest_first(self.decoder_type, DECODERS)
+            raise ValueError(f"decoder_type={self.decoder_type!r} is unknown. Expected one of {near}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"decoder: hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}. "
+                "Change one of them."
+            )
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ValueError(f"decoder: loss_chunk_size={self.loss_chunk_size}. Expected at least 1, or None.")
+
+
 class _SubConfigs:
-    """`sub_configs` as transformers reads it: empty on the class, one row per encoder on an instance."""
+    """`sub_configs` as transformers reads it: empty on the class, one row per encoder (and decoder) on an instance."""
 
     def __get__(self, instance, owner):
         if instance is None:
             return {}
         attributes = vars(instance)
         names = [f"{name}_config" for name in attributes.get("modality_names") or ()]
+        names += ["decoder_config"] if attributes.get("decoder_config") is not None else []
         return {name: type(attributes[name]) for name in names if name in attributes}
 
 
@@ -262,6 +318,7 @@ class CrossModalConfig(PreTrainedConfig):
         contrastive_weight, matching_weight, alignment_weight, cross_weight: of the four losses of retrieval; 0 leaves one
             out. `cross_weight` is that of the research note's own loss, which collapses (see `cross_attention_penalty`).
         loss_weighting: `"fixed"`, or `"learned"`: by the uncertainty of each loss.
+        decoder_config: TextDecoderConfig of `CrossModalForCaptioning`, or its fields.
         detach_global, detach_local: keep the contrast, or the cross-attention, from training what both stand on.
 
     Raises:
@@ -340,9 +397,16 @@ class CrossModalConfig(PreTrainedConfig):
     loss_weighting: str = "fixed"
     detach_global: bool = False
     detach_local: bool = False
+    decoder_config: dict | PreTrainedConfig | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        if isinstance(self.decoder_config, dict):
+            given = {key: value for key, value in self.decoder_config.items() if key != "model_type"}
+            self.decoder_config = TextDecoderConfig(**given)
+        # For transformers' generation, which reads the memory once and its own words step by step.
+        self.is_encoder_decoder = self.decoder_config is not None
+        kwargs.pop("is_encoder_decoder", None)
         auto_map = {**_AUTO_MAP, **(kwargs.pop("auto_map", None) or {})}
         modalities = kwargs.pop("modalities", None)
         stored = {
@@ -361,6 +425,8 @@ class CrossModalConfig(PreTrainedConfig):
         chosen = {
             f"{name}_config": getattr(self, f"{name}_config")._attn_implementation for name in self.modality_names
         }
+        if self.decoder_config is not None:
+            chosen["decoder_config"] = self.decoder_config._attn_implementation
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or chosen
         super().__post_init__(**kwargs)
         self.auto_map = auto_map
@@ -613,7 +679,9 @@ class CrossModalConfig(PreTrainedConfig):
                 )
 
     def get_text_config(self, decoder=None, encoder=None):
-        # Generation asks for the decoder's: a text encoder's must not pass for it.
+        # Generation makes its caches by the decoder's: a text encoder's must not pass for it.
+        if self.decoder_config is not None and not encoder:
+            return self.decoder_config
         texts = [name for name in self.modality_names if self.modality_settings[name]["type"] == "text"]
         return getattr(self, f"{texts[0]}_config") if texts and not decoder else self
 
@@ -624,6 +692,7 @@ def _validate(config):
         validator(config)
 
 
-CrossModalConfig.validate = FeatureSequenceConfig.validate = _validate
+CrossModalConfig.validate = FeatureSequenceConfig.validate = TextDecoderConfig.validate = _validate
 FeatureSequenceConfig.register_for_auto_class()
+TextDecoderConfig.register_for_auto_class()
 CrossModalConfig.register_for_auto_class()

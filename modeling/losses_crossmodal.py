@@ -66,3 +66,26 @@ def class_loss(logits, labels, label_smoothing=0.0):
         logits, labels, ignore_index=-100, label_smoothing=label_smoothing, reduction="sum"
     )
     return total / counted
+
+
+def text_loss(logits, labels, label_smoothing=0.0, weights=None, reduction="mean"):
+    """Cross entropy of words that are to be written.
+
+    Without weights the mean over words. With weights w of rows, such as the scores of their answers, sum_b w_b (sum over words
+    of b) / B (ALBEF, Li et al. 2021, arXiv 2107.07651).
+
+    logits (B,T,V) and labels (B,T) with -100 for what does not count, weights (B,) or None; with reduction="sum" also flat:
+    (N,V), (N,), (N,). Returns a scalar.
+    """
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(),
+        labels.flatten(),
+        ignore_index=-100,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    ).view(labels.shape)
+    if weights is not None:
+        losses = losses * (weights if weights.dim() == losses.dim() else weights[:, None])
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (len(labels) if weights is not None else (labels != -100).sum().clamp(min=1))

@@ -112,6 +112,7 @@ class CrossModalPreTrainedModel(PreTrainedModel):
         "ExchangeLayer",
         "ResampleLayer",
         "FeatureSequenceLayer",
+        "DecoderLayer",
     ]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -135,6 +136,9 @@ class CrossModalPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, nn.GRU):
+            for name, values in module.named_parameters():
+                init.zeros_(values) if "bias" in name else init.xavier_uniform_(values)
         elif isinstance(module, StaticGate):
             init.zeros_(module.weight)
         initialise_kernel(module)
@@ -652,10 +656,11 @@ def _full_mask(tokens, mask):
 
 def heads():
     """The classes that build on the base. `auto_map` names them, and transformers saves what a file imports."""
+    from .captioning_crossmodal import CrossModalForCaptioning
     from .classification_crossmodal import CrossModalForSequenceClassification, CrossModalForVQA
     from .retrieval_crossmodal import CrossModalForRetrieval
 
-    return CrossModalForVQA, CrossModalForSequenceClassification, CrossModalForRetrieval
+    return CrossModalForVQA, CrossModalForSequenceClassification, CrossModalForRetrieval, CrossModalForCaptioning
 
 
 CrossModalModel.register_for_auto_class("AutoModel")

@@ -16,6 +16,7 @@ AUTO_CLASSES = {
     "AutoModelForVisualQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForZeroShotImageClassification",
+    "AutoModelForImageTextToText",
     "AutoProcessor",
 }
 
