@@ -63,6 +63,7 @@ class CrossModalProcessor(ProcessorMixin):
         modalities: per modality, in the order of the model's `modality_names`, a dict with `name`, `type`, `values` and
             `mask` (keys of the batch), `max_tokens`, and `options` (arguments of its sub-processor, where two
             modalities of a type differ). `from_config` writes them.
+        writer: of a model that writes text, a dict with `bos_token_id`, `eos_token_id` and `max_tokens` (None: no limit).
 
     Example:
         >>> processor = CrossModalProcessor.from_encoders(model.config, vision="google/vit-base-patch16-224", text="...")
@@ -76,13 +77,22 @@ class CrossModalProcessor(ProcessorMixin):
     feature_extractor = None
 
     def __init__(
-        self, image_processor=None, tokenizer=None, feature_extractor=None, chat_template=None, modalities=None
+        self,
+        image_processor=None,
+        tokenizer=None,
+        feature_extractor=None,
+        chat_template=None,
+        modalities=None,
+        writer=None,
     ):
         given = {"image_processor": image_processor, "tokenizer": tokenizer, "feature_extractor": feature_extractor}
         given = {name: value for name, value in given.items() if value is not None}
         # Sub-processors are found by the signature of `__init__`; only those that are there can be saved.
         self.get_attributes = partial(list, tuple(given))
         super().__init__(**given, chat_template=chat_template)
+        self.writer = writer
+        if writer and tokenizer is None:
+            raise ValueError("a model that writes text needs a tokenizer, which is None. Pass tokenizer=....")
         self.modalities = modalities or _default_modalities(given)
         for modality in self.modalities:
             needed = _SUB_PROCESSORS.get(modality["type"])
@@ -97,6 +107,7 @@ class CrossModalProcessor(ProcessorMixin):
         # A sub-processor that was None when saved must stay None: transformers would look for its files.
         types = {modality["type"] for modality in (processor_dict or {}).get("modalities") or ()}
         needed = {_SUB_PROCESSORS.get(kind) for kind in types}
+        needed |= {"tokenizer"} if (processor_dict or {}).get("writer") else set()
         full = list(_LOADERS)
         present = [
             name
@@ -132,7 +143,11 @@ class CrossModalProcessor(ProcessorMixin):
             if (options or {}).get(name):
                 modality["options"] = dict(options[name])
             modalities.append(modality)
-        return cls(image_processor, tokenizer, feature_extractor, modalities=modalities)
+        decoder, writer = getattr(config, "decoder_config", None), None
+        if decoder is not None:
+            limit = decoder.max_position_embeddings if decoder.decoder_type == "transformer" else None
+            writer = {"bos_token_id": decoder.bos_token_id, "eos_token_id": decoder.eos_token_id, "max_tokens": limit}
+        return cls(image_processor, tokenizer, feature_extractor, modalities=modalities, writer=writer)
 
     @classmethod
     def from_encoders(cls, config, options=None, **named):
@@ -180,6 +195,8 @@ class CrossModalProcessor(ProcessorMixin):
         sampling_rate=None,
         deduplicate=False,
         return_tensors="pt",
+        text_target=None,
+        padding=True,
         **named,
     ):
         """Raw inputs to a batch.
@@ -189,12 +206,14 @@ class CrossModalProcessor(ProcessorMixin):
 
         Args:
             images: PIL images, paths, URLs, bytes, arrays (H,W,3) or (3,H,W), tensors.
-            text: strings.
+            text: strings. Where no modality is text and the model writes text: what it is to go on with ("": it begins).
             audio: waveforms (samples,), or dicts with `array` and `sampling_rate`.
             videos: lists of frames, each an image; every row with the same number of frames.
             sampling_rate: in Hz, of the waveforms.
             deduplicate: give an image object that several rows share once, with `<key>_index (B,)` saying which row uses
                 which: the model then encodes it once.
+            text_target: strings that the model is to write, to `labels (B,T)`, -100 behind their end.
+            padding: for callers that ask; batches are always padded.
             named: further modalities by name, and feature sequences (T,...) as arrays, tensors or lists of them. Also
                 `<name>_tokens`: tokens (T,W) or (h,w,W) of a frozen encoder (`model.base_model.encode_tokens`), a list with
                 one array per row, in place of the raw inputs of that modality.
@@ -206,6 +225,9 @@ class CrossModalProcessor(ProcessorMixin):
         Raises:
             ValueError: naming the row and what to do, for anything that cannot be read.
         """
+        prompts = None
+        if self.writer and not any(modality["type"] == "text" for modality in self.modalities):
+            prompts, text = text, None
         tokens = {name: f"{name}_tokens" for name in self.modality_names if named.get(f"{name}_tokens") is not None}
         given = {"images": images, "text": text, "audio": audio, "videos": videos, **named}
         columns = self._columns({key: value for key, value in given.items() if value is not None}, tokens)
@@ -242,6 +264,10 @@ class CrossModalProcessor(ProcessorMixin):
         partly = present.any(axis=1) & ~present.all(axis=1)
         if partly.any():
             data["modality_mask"] = torch.from_numpy(present.T.copy())
+        if prompts is not None:
+            data |= self._prompts(prompts, count)
+        if text_target is not None:
+            data["labels"] = self._targets(text_target, count)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _columns(self, given, tokens):
@@ -271,6 +297,38 @@ class CrossModalProcessor(ProcessorMixin):
         if count == 0:
             raise ValueError("an empty list was given. Expected at least one row.")
         return columns | {name: [value] * count for name, value in single.items()}
+
+    def _prompts(self, texts, count):
+        """Beginnings of texts, padded on the left: `input_ids` and `attention_mask` (B,T)."""
+        texts = [texts] * count if isinstance(texts, str) else list(texts)
+        if len(texts) != count:
+            raise ValueError(f"{len(texts)} texts to go on with for {count} rows. Give one for each, or one for all.")
+        words = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor([self.writer["bos_token_id"], *ids]) for ids in words]
+        ids = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0, padding_side="left"
+        )
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+        return {"input_ids": ids, "attention_mask": mask.long()}
+
+    def _targets(self, texts, count):
+        """What is to be written, with its end: (B,T), -100 behind it."""
+        if not self.writer:
+            raise ValueError("text_target=... is for models that write text, and this processor's does not.")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if len(texts) != count:
+            raise ValueError(f"{len(texts)} targets for {count} rows. Give one for each.")
+        end, limit = self.writer["eos_token_id"], self.writer["max_tokens"]
+        end = end[0] if isinstance(end, list) else end
+        words = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if limit is not None and any(len(ids) >= limit for ids in words):
+            logger.warning_once(
+                f"some targets are longer than the decoder's {limit} words, and are cut there. This is said once."
+            )
+            words = [ids[: limit - 1] for ids in words]
+        rows = [torch.tensor([*ids, end]) for ids in words]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
     def _process_text_rows(self, modality, items, rows):
         for row, item in zip(rows, items, strict=True):

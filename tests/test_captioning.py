@@ -3,10 +3,12 @@
 import pytest
 import torch
 import zoo
+from crossmodal.training.building import train_tokenizer
 from test_modeling import CLOSE, EXACT, lively
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TextIteratorStreamer, ViTImageProcessorPil
+from world import picture, run_as_stranger
 
-from crossmodal import CrossModalForCaptioning, TextDecoderConfig
+from crossmodal import CrossModalForCaptioning, CrossModalProcessor, TextDecoderConfig
 
 
 BOS, EOS, PAD = 1, 2, 0
@@ -262,3 +264,81 @@ def test_wrong_input_is_named():
         TextDecoderConfig(decoder_type="gr").validate()
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(**batch, max_new_tokens=0)
+
+
+@pytest.fixture(scope="module")
+def written():
+    """A model that has learnt to name the color of a picture, and its processor, without a text modality."""
+    colors = ["red", "blue", "green"]
+    tokenizer = train_tokenizer([f"a {color} picture" for color in colors])
+    bos, eos = tokenizer.cls_token_id, tokenizer.sep_token_id
+    torch.manual_seed(0)
+    decoder = TextDecoderConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=16, bos_token_id=bos, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = CrossModalForCaptioning(zoo.tiny_config("vision", decoder_config=decoder))
+    size = model.config.vision_config.image_size
+    processor = CrossModalProcessor.from_config(
+        model.config, ViTImageProcessorPil(size={"height": size, "width": size}), tokenizer
+    )
+    batch = processor(
+        images=[picture(color) for color in colors], text_target=[f"a {color} picture" for color in colors]
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model.train()(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), processor
+
+
+def test_the_processor_makes_targets_and_prompts_padded_on_their_own_sides(written):
+    _, processor = written
+    batch = processor(images=[picture("red")] * 2, text=["", "a red"], text_target=["a red picture", "a"])
+    bos, eos, pad = (
+        processor.writer["bos_token_id"],
+        processor.writer["eos_token_id"],
+        processor.tokenizer.pad_token_id,
+    )
+    a, red, shown = processor.tokenizer.convert_tokens_to_ids(["a", "red", "picture"])
+    assert batch["input_ids"].tolist() == [[pad, pad, bos], [bos, a, red]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert batch["labels"].tolist() == [[a, red, shown, eos], [a, eos, -100, -100]]
+    with pytest.raises(ValueError, match="3 targets for 2 rows"):
+        processor(images=[picture("red")] * 2, text_target=["a"] * 3)
+    with pytest.raises(ValueError, match="no input was given"):
+        processor(text="a red")
+
+
+def test_the_stock_pipeline_captions_in_a_process_that_has_never_heard_of_us(written, tmp_path):
+    model, processor = written
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    for color in ("red", "blue"):
+        picture(color).save(tmp_path / f"{color}.png")
+    code = """
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+pipe = pipeline("image-text-to-text", model=sys.argv[1], trust_remote_code=True)
+files = [f"{sys.argv[2]}/{color}.png" for color in ("red", "blue")]
+print(pipe(files[1], text="", max_new_tokens=6)[0]["generated_text"])
+print([found["generated_text"] for found in pipe(files, text=["a", "a"], max_new_tokens=6)])
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(processor.batch_decode(model.generate(**processor(images=files), max_new_tokens=6, num_beams=2), skip_special_tokens=True))
+"""
+    lines = run_as_stranger(code, tmp_path / "model", tmp_path, cwd=tmp_path).splitlines()
+    assert lines[-3:] == [
+        "a blue picture",
+        "['a red picture', 'a blue picture']",
+        "['a red picture', 'a blue picture']",
+    ]
+
+
+def test_words_are_streamed_as_they_are_written(written):
+    model, processor = written
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True)
+    model.generate(**processor(images=picture("green")), max_new_tokens=6, streamer=streamer)
+    assert "".join(streamer).strip() == "a green picture"
