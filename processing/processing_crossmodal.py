@@ -147,10 +147,15 @@ class CrossModalProcessor(ProcessorMixin):
         if decoder is not None:
             limit = decoder.max_position_embeddings if decoder.decoder_type == "transformer" else None
             writer = {"bos_token_id": decoder.bos_token_id, "eos_token_id": decoder.eos_token_id, "max_tokens": limit}
+            if tokenizer is not None and len(tokenizer) > decoder.vocab_size:
+                raise ValueError(
+                    f"the tokenizer has {len(tokenizer)} words and the decoder vocab_size={decoder.vocab_size}. Give the "
+                    "tokenizer that the decoder writes with, or a decoder with as many words."
+                )
         return cls(image_processor, tokenizer, feature_extractor, modalities=modalities, writer=writer)
 
     @classmethod
-    def from_encoders(cls, config, options=None, **named):
+    def from_encoders(cls, config, options=None, decoder=None, **named):
         """The processor of a model composed by `from_encoders`, from the same Hub ids or folders, by modality name.
 
         Args:
@@ -158,6 +163,7 @@ class CrossModalProcessor(ProcessorMixin):
             named: modality name to a Hub id, a folder, or a ready image processor, tokenizer or feature extractor. The
                 first modality of a type brings the sub-processor of that type.
             options: {modality: arguments of its sub-processor} where later ones differ.
+            decoder: Hub id, folder or tokenizer of what writes; a text modality and the decoder share a tokenizer.
         """
         found = {}
         for name in config.modality_names:
@@ -168,6 +174,14 @@ class CrossModalProcessor(ProcessorMixin):
             found[attribute] = (
                 _LOADERS[attribute].from_pretrained(source) if isinstance(source, str | Path) else source
             )
+        if decoder is not None:
+            own = AutoTokenizer.from_pretrained(decoder) if isinstance(decoder, str | Path) else decoder
+            if "tokenizer" in found and found["tokenizer"].get_vocab() != own.get_vocab():
+                raise ValueError(
+                    "the text encoder and the decoder have different vocabularies, and a processor has one tokenizer. Choose "
+                    "a decoder that starts anew with the text encoder's vocabulary (TextDecoderConfig(vocab_size=...))."
+                )
+            found["tokenizer"] = own
         return cls.from_config(config, **found, options=options)
 
     @property

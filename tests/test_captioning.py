@@ -4,6 +4,7 @@ import pytest
 import torch
 import zoo
 from crossmodal.training.building import train_tokenizer
+from crossmodal.training.publish import export_folder
 from test_modeling import CLOSE, EXACT, lively
 from transformers import GPT2Config, GPT2LMHeadModel, TextIteratorStreamer, ViTImageProcessorPil
 from world import picture, run_as_stranger
@@ -335,6 +336,26 @@ print(processor.batch_decode(model.generate(**processor(images=files), max_new_t
         "['a red picture', 'a blue picture']",
         "['a red picture', 'a blue picture']",
     ]
+
+
+def test_a_processor_has_the_words_of_the_decoder(written):
+    model, processor = written
+    named = {"vision": processor.image_processor, "decoder": processor.tokenizer}
+    again = CrossModalProcessor.from_encoders(model.config, **named)
+    assert again.writer == processor.writer and again.tokenizer is processor.tokenizer
+    more = train_tokenizer(["a red picture", "quite another word"])
+    with pytest.raises(ValueError, match=r"tokenizer has \d+ words and the decoder vocab_size"):
+        CrossModalProcessor.from_encoders(model.config, **named | {"decoder": more})
+    both = zoo.tiny_config("vision", "text", decoder_config=model.config.decoder_config)
+    with pytest.raises(ValueError, match="different vocabularies"):
+        CrossModalProcessor.from_encoders(both, **named | {"text": more})
+
+
+def test_the_card_says_how_it_is_used(written, tmp_path):
+    export_folder(*written, tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "transformer\ndecoder of 1 layers" in card
+    assert "processor(images=[...])" in card and "how the text begins" in card
 
 
 def test_words_are_streamed_as_they_are_written(written):

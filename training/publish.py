@@ -76,6 +76,7 @@ _HUB_TASKS = {
     "CrossModalForVQA": "visual-question-answering",
     "CrossModalForSequenceClassification": "text-classification",
     "CrossModalForRetrieval": "zero-shot-image-classification",
+    "CrossModalForCaptioning": "image-text-to-text",
 }
 
 
