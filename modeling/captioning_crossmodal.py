@@ -149,7 +149,7 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
         input_ids=None,
         attention_mask=None,
         labels=None,
-        label_weights=None,
+        target_weights=None,
         decoder_input_ids=None,
         decoder_attention_mask=None,
         decoder_inputs_embeds=None,
@@ -167,7 +167,7 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
         Args:
             labels: (B,T) words to write, their end included, -100 for what does not count. The decoder reads them one step
                 late unless `decoder_input_ids` are given.
-            label_weights: (B,) what each row counts, such as the score of an answer.
+            target_weights: (B,) what each row counts, such as the score of an answer.
             decoder_input_ids: (B,T) words so far, or decoder_inputs_embeds (B,T,D); decoder_attention_mask (B,T), 1 for real
                 ones: padding may stand on the left.
             encoder_outputs: FusedMemory of an earlier call, instead of the inputs.
@@ -215,12 +215,12 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
         )
         loss, logits = None, None
         if labels is not None and config.loss_chunk_size is not None and self.training:
-            loss = self._loss_in_chunks(hidden, labels, label_weights)
+            loss = self._loss_in_chunks(hidden, labels, target_weights)
         else:
             kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
             logits = self.lm_head(kept)
             if labels is not None:
-                loss = text_loss(logits, labels, config.label_smoothing, label_weights)
+                loss = text_loss(logits, labels, config.label_smoothing, target_weights)
         return CrossModalCaptioningOutput(
             loss=loss,
             logits=logits,
@@ -250,11 +250,11 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
                 "Shorten the prompt, or generate less (max_new_tokens)."
             )
 
-    def _loss_in_chunks(self, hidden, labels, label_weights):
+    def _loss_in_chunks(self, hidden, labels, target_weights):
         """`text_loss` without the scores of all words at once: they are computed again in the backward."""
         config = self.config.decoder_config
         flat, targets = hidden.flatten(0, 1), labels.flatten()
-        weights = None if label_weights is None else label_weights[:, None].expand_as(labels).flatten()
+        weights = None if target_weights is None else target_weights[:, None].expand_as(labels).flatten()
         size, total = config.loss_chunk_size, 0.0
         for start in range(0, len(flat), size):
             part = slice(start, start + size)
@@ -265,7 +265,7 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
                 None if weights is None else weights[part],
                 use_reentrant=False,
             )
-        return total / (len(labels) if label_weights is not None else (labels != -100).sum().clamp(min=1))
+        return total / (len(labels) if target_weights is not None else (labels != -100).sum().clamp(min=1))
 
     def _loss_of(self, hidden, labels, weights):
         smoothing = self.config.decoder_config.label_smoothing

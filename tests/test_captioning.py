@@ -62,7 +62,7 @@ def test_the_loss_in_chunks_is_the_loss_and_gives_its_gradient(decoder_type):
         for chunk in (None, 5):
             model = model_of(decoder=options | {"loss_chunk_size": chunk}, hidden_dropout=0.0).train()
             torch.manual_seed(3)
-            output = model(**zoo.tiny_batch(model.config), labels=labels_of(), label_weights=weights)
+            output = model(**zoo.tiny_batch(model.config), labels=labels_of(), target_weights=weights)
             assert (output.logits is None) == (chunk is not None)
             output.loss.backward()
             found.append([output.loss.detach(), *[p.grad for p in model.parameters() if p.grad is not None]])
@@ -76,7 +76,7 @@ def test_rows_count_what_they_weigh():
     weights = torch.tensor([1.0, 0.0, 0.5, 0.0])
     logs = model(**batch, labels=labels).logits.log_softmax(-1)
     rows = -logs.gather(2, labels.clamp(min=0)[..., None]).squeeze(-1).masked_fill(labels == -100, 0).sum(1)
-    found = model(**batch, labels=labels, label_weights=weights).loss
+    found = model(**batch, labels=labels, target_weights=weights).loss
     torch.testing.assert_close(found, (rows * weights).sum() / 4, **CLOSE)
 
 

@@ -50,7 +50,9 @@ def train_tokenizer(texts, vocab_size=2000):
 
 
 def _texts(datasets):
-    columns = (dataset.raw_column("text") for dataset in datasets)
+    """All different texts of datasets, those that are to be written too."""
+    columns = [dataset.raw_column("text") for dataset in datasets]
+    columns += [[t["text"] for t in d.targets if isinstance(t, dict) and "references" in t] for d in datasets]
     return [text for text in dict.fromkeys(text for column in columns for text in column) if text]
 
 
@@ -85,14 +87,38 @@ def build(recipe, task, datasets):
             if hasattr(made, "vocab_size") and tokenizer is not None:
                 made.vocab_size, made.pad_token_id = len(tokenizer), tokenizer.pad_token_id
             entry["model"] = made
+    if task.writes:
+        options["decoder"] = _decoder(recipe, tokenizer)
     model = getattr(crossmodal, task.model_class).from_encoders(
         freeze=tuple(recipe.model.get("freeze") or ()), **encoders, **options
     )
     return model, _processor(recipe, model.config, sources, tokenizer)
 
 
+def _decoder(recipe, tokenizer):
+    """What `from_encoders` takes for a decoder: a causal model's name, or a config with the tokenizer's words."""
+    given = recipe.model.get("decoder") or {}
+    if isinstance(given, str):
+        return given
+    if tokenizer is None:
+        raise ValueError("a recipe that writes needs processor.tokenizer: a Hub id or folder, or `train`.")
+    ids = {
+        "bos_token_id": _first_of(tokenizer.bos_token_id, tokenizer.cls_token_id),
+        "eos_token_id": _first_of(tokenizer.eos_token_id, tokenizer.sep_token_id),
+        "pad_token_id": _first_of(tokenizer.pad_token_id, tokenizer.eos_token_id),
+    }
+    return crossmodal.TextDecoderConfig(**{"vocab_size": len(tokenizer)} | ids | given)
+
+
+def _first_of(*values):
+    """The first that is not None, or None."""
+    return next((value for value in values if value is not None), None)
+
+
 def _tokenizer(recipe, sources, datasets):
     source = recipe.processor.get("tokenizer") or sources.get("text")
+    if source is None and isinstance(recipe.model.get("decoder"), str):
+        source = recipe.model["decoder"]
     if source == "train":
         return train_tokenizer(_texts(datasets), recipe.processor.get("vocab_size", 2000))
     return AutoTokenizer.from_pretrained(source) if source else None

@@ -5,6 +5,7 @@ import hashlib
 import io
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -71,6 +72,27 @@ def _pairs(*columns):
     )
 
 
+def _captions(*columns):
+    """An adapter of images whose text, or list of texts, in the last column is to be written."""
+
+    def target(row):
+        texts = row.get(f"{columns[-1]}_all") or [row[columns[-1]]]
+        plain = [text["raw"] if isinstance(text, dict) else text for text in (row[columns[-1]], *texts)]
+        return {"text": plain[0], "references": plain[1:]}
+
+    return Adapter("captioning", columns, {"images": columns[0]}, target, several=columns[-1])
+
+
+def _answered(row):
+    """Target of a question that is answered freely: the most common answer, and all that were given."""
+    answers = _annotators(row) if "answers" in row else [str(row["answer"])]
+    return {"text": Counter(answers).most_common(1)[0][0], "references": answers}
+
+
+def _answers(*columns):
+    return Adapter("answering", columns, {"images": "image", "text": "question"}, _answered)
+
+
 # Most specific schema first. A target of a VQA adapter is a string, the list of all annotators' answers, or the score of
 # every answer that holds.
 DATASETS = {
@@ -100,6 +122,12 @@ DATASETS = {
     "caption": _pairs("image", "caption"),
     "sentences": _pairs("image", "sentences"),
     "emoji": _pairs("image", "name", "keywords"),
+    "titles_to_write": _captions("image", "title"),
+    "captions_to_write": _captions("image", "captions"),
+    "caption_to_write": _captions("image", "caption"),
+    "sentences_to_write": _captions("image", "sentences"),
+    "vqa_v2_to_write": _answers("image", "question", "answers"),
+    "answers_to_write": _answers("image", "question", "answer"),
     # Of two datasets (see `load_rows`): whatever is of one class belongs together.
     "sounds_and_images": Adapter(
         "retrieval",
@@ -326,8 +354,9 @@ class RowDataset(Dataset):
         self.targets = [self._target(plain[row], item) for row, item in self.places]
 
     def _target(self, row, item):
+        several = self.adapter.several
         return self.adapter.target(
-            row if item is None else row | {self.adapter.several: row[self.adapter.several][item]}
+            row if item is None else row | {several: row[several][item], f"{several}_all": row[several]}
         )
 
     def __len__(self):

@@ -6,8 +6,11 @@ from .tasks import TASKS, name_of
 
 def task_of(model):
     """The task that a head serves."""
+    head = type(model).__name__
+    if head == "CrossModalForCaptioning" and model.reads_text:
+        return TASKS["answering"].from_config(model.config)
     for task in TASKS.values():
-        if task.model_class == type(model).__name__:
+        if task.model_class == head:
             return task.from_config(model.config)
     raise ValueError(f"{type(model).__name__} has no task to evaluate. Heads that have: {list(TASKS)}.")
 

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections import Counter
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from .collator import SampleCollator
@@ -30,6 +32,7 @@ class VQATask:
     model_class = "CrossModalForVQA"
     majority_name = "most common answer"
     two_stages = False
+    writes = False
     # What `evaluate` takes beyond what all tasks take.
     evaluate_options = ()
     # What makes per cent of a metric.
@@ -164,6 +167,7 @@ class RetrievalTask:
     main_metric = "mean_r1"
     majority_name = "by chance"
     two_stages = True
+    writes = False
     evaluate_options = ("rerank", "full", "fold_size")
     # The field gives these in per cent.
     percent = 1
@@ -223,6 +227,109 @@ class RetrievalTask:
         """Any pair will do."""
 
 
+class CaptioningTask:
+    """Texts to write. A target is `{"text": what is learnt, "references": [all that are right]}`."""
+
+    model_class = "CrossModalForCaptioning"
+    majority_name = "most common text"
+    two_stages = False
+    writes = True
+    evaluate_options = ("num_beams", "max_new_tokens")
+    percent = 1
+    metrics = ("exact_match", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider_d")
+    main_metric = "cider_d"
+    answers = {}
+    processor = None
+
+    @classmethod
+    def from_targets(cls, targets, min_answer_count=1):
+        return cls()
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+    def describe(self):
+        return "texts to write"
+
+    @staticmethod
+    def table(name, metrics):
+        return {name: metrics}
+
+    def begin(self, model, processor, targets):
+        """Before training: how long texts become is what generation stops at by itself."""
+        self.processor = processor
+        longest = max(
+            map(len, processor.tokenizer([t["text"] for t in targets], add_special_tokens=False)["input_ids"])
+        )
+        limit = processor.writer["max_tokens"]
+        model.generation_config.max_new_tokens = min(longest + 1, limit - 1) if limit else longest + 1
+
+    def encode_targets(self, targets):
+        """(B,T) words with their end, -100 behind it."""
+        return self.processor._targets([target["text"] for target in targets], len(targets))
+
+    def decode(self, words):
+        """Texts of generated words (N,T), -100 where batches of other lengths were put together."""
+        words = np.where(np.asarray(words) < 0, self.processor.tokenizer.pad_token_id or 0, words)
+        return [text.strip() for text in self.processor.batch_decode(words, skip_special_tokens=True)]
+
+    def score_outputs(self, outputs, targets):
+        return self.score(self.decode(outputs), targets)
+
+    @torch.inference_mode()
+    def evaluate(self, model, processor, samples, batch_size=128, progress=True, **options):
+        """Metrics of what a model writes about each row, once however many texts it has. options: of `generate`."""
+        self.processor = processor
+        rows = [index for index, (_, item) in enumerate(samples.places) if not item]
+        loader = DataLoader(Subset(samples, rows), batch_size, collate_fn=SampleCollator(processor))
+        texts = []
+        for batch in tqdm(loader, desc="write", disable=not progress, leave=False):
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            texts += self.decode(model.eval().generate(**batch, **options)[:, 1:].cpu())
+        return self.score(texts, [samples.targets[row] for row in rows])
+
+    def score(self, texts, targets):
+        """`exact_match` (of any reference, as the tokenizer writes it), and the metrics of captions where pycocoevalcap is there."""
+        references = [target["references"] for target in targets]
+        plain = [{self._as_written(text) for text in own} for own in references]
+        found = {"exact_match": float(np.mean([text in own for text, own in zip(texts, plain, strict=True)]))}
+        try:
+            metric = _captions_metric()
+        except ImportError:
+            return found
+        scores = metric.compute(predictions=texts, references=references, meteor=False)
+        return found | scores
+
+    def _as_written(self, text):
+        """A reference as the tokenizer gives it back: lower case and without double spaces, say."""
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def majority(self, train_targets, targets):
+        """Of the text that is most common in training, whatever is shown."""
+        common = Counter(target["text"] for target in train_targets).most_common(1)[0][0]
+        return self.score([self._as_written(common)] * len(targets), targets)
+
+    def check_targets(self, targets, allow_unknown=False):
+        """Any text will do."""
+
+
+class AnsweringTask(CaptioningTask):
+    """Answers written freely: the question is a text modality."""
+
+    main_metric = "exact_match"
+    percent = 100
+    majority_name = "most common answer"
+
+
+@lru_cache(maxsize=1)
+def _captions_metric():
+    import evaluate
+
+    return evaluate.load(str(Path(__file__).parent / "metrics" / "captions"))
+
+
 def _hash(key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big", signed=True)
 
@@ -237,4 +344,10 @@ def name_of(task):
     return next(name for name, kind in TASKS.items() if type(task) is kind)
 
 
-TASKS = {"vqa": VQATask, "classification": ClassificationTask, "retrieval": RetrievalTask}
+TASKS = {
+    "vqa": VQATask,
+    "classification": ClassificationTask,
+    "retrieval": RetrievalTask,
+    "captioning": CaptioningTask,
+    "answering": AnsweringTask,
+}

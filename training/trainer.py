@@ -128,6 +128,18 @@ class CrossModalTrainer(Trainer):
         self._rows = [] if rows is None else rows.tolist()
         return super()._prepare_inputs(inputs)
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Of a model that writes, the words that it writes: scores of all the vocabulary would not fit for a dataset."""
+        whole = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if prediction_loss_only or not (hasattr(whole, "generate") and whole.config.is_encoder_decoder):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, _, _ = super().prediction_step(model, dict(inputs), True, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels", None)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            words = whole.generate(**inputs)
+        return loss, words[:, 1:], labels
+
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
         # Scaled float16 gradients overflow now and then, and the scaler then skips the step.
@@ -262,6 +274,8 @@ def fit(model, processor, task, train_dataset, eval_dataset, training, folder, r
     callbacks = [EpochReport(task.main_metric, write)]
     if recipe.early_stopping_patience is not None and eval_dataset is not None:
         callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    if task.writes:
+        task.begin(model, processor, train_dataset.targets)
     trainer = CrossModalTrainer(
         model=model,
         args=TrainingArguments(output_dir=str(folder), seed=recipe.seed, remove_unused_columns=False, **training),
