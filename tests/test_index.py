@@ -75,14 +75,15 @@ def test_with_and_without_faiss_the_same_is_found(index, world, monkeypatch):
     pytest.importorskip("faiss")
     model, processor, _, texts = world
     found = []
-    for there in (True, False):
-        if not there:
-            monkeypatch.setitem(sys.modules, "faiss", None)
-        own = CrossModalIndex(index.folder, model, processor)
+    for use_faiss in (True, False):
+        own = CrossModalIndex(index.folder, model, processor, use_faiss=use_faiss)
         found.append(own.search(text=texts[1], top_k=6, rerank=0))
-        assert (own.stores["vision"]._faiss is not None) == there
+        assert (own.stores["vision"]._faiss is not None) == use_faiss
     assert [hit["title"] for hit in found[0]] == [hit["title"] for hit in found[1]]
     assert [hit["score"] for hit in found[0]] == pytest.approx([hit["score"] for hit in found[1]], abs=1e-5)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="FAISS is not installed"):
+        CrossModalIndex(index.folder, model, processor, use_faiss=True)
 
 
 def test_an_index_is_read_from_its_folder(index, world):

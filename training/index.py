@@ -28,8 +28,6 @@ from .token_cache import content_key, update_with_weights
 
 
 _PART = 1024
-# From so many queries on a matrix product beats FAISS's scan.
-_MANY_QUERIES = 16
 # Of a product with all vectors; more would only take memory.
 _QUERIES_AT_ONCE = 256
 
@@ -95,6 +93,8 @@ class CrossModalIndex:
         folder: of the index; made if it is not there, continued if it is one of this model.
         model: CrossModalForRetrieval. processor: its processor.
         source: where the model is loaded from (folder or Hub id), kept in the index for `source_of`.
+        use_faiss: find candidates by FAISS's flat index instead of a matrix product, which was faster wherever it was measured
+            (`crossmodal benchmark --retrieval`); both are exact.
 
     Raises:
         ValueError: for an index of another model, and one of which a file is missing or cut off.
@@ -106,9 +106,11 @@ class CrossModalIndex:
         [{"score": 9.1, "similarity": 0.43, "title": "..."}, ...]
     """
 
-    def __init__(self, folder, model, processor, source=None):
+    def __init__(self, folder, model, processor, source=None, use_faiss=False):
+        if use_faiss and not has_faiss():
+            raise ValueError("use_faiss=True, and FAISS is not installed. Install it with `pip install faiss-cpu`.")
         self.folder, self.model, self.processor, self.source = Path(folder), model.eval(), processor, source
-        self.stores = {name: _Store(self.folder / name) for name in model.config.modality_names}
+        self.stores = {name: _Store(self.folder / name, use_faiss) for name in model.config.modality_names}
         self._key = model_key(model)
         listing = self.folder / "index.json"
         if listing.exists():
@@ -254,7 +256,8 @@ class CrossModalIndex:
 class _Store:
     """Features of the inputs of one modality."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, use_faiss=False):
+        self.use_faiss = use_faiss
         self.folder, self.parts, self.keys, self.items = folder, [], set(), []
         self.starts, self._tokens, self._offsets, self._embeddings, self._faiss = [0], [], [], [], None
 
@@ -322,11 +325,10 @@ class _Store:
 
     def nearest(self, queries, k):
         """Similarities and rows, each (Q,k), best first; exact."""
-        if len(queries) < _MANY_QUERIES:
+        if self.use_faiss:
             if self._faiss is None:
                 self._faiss = nearest_by_faiss(self.embeddings)
-            if self._faiss is not None:
-                return self._faiss(queries, k)
+            return self._faiss(queries, k)
         return nearest_by_product(queries, self.embeddings, k)
 
     def features(self, rows, model):
@@ -345,12 +347,18 @@ def nearest_by_product(queries, vectors, k):
     return torch.cat([scores for scores, _ in found]), torch.cat([rows for _, rows in found])
 
 
-def nearest_by_faiss(vectors):
-    """A function from queries (Q,E) and k to what `nearest_by_product` gives, or None where FAISS is not installed."""
+def has_faiss():
     try:
-        import faiss
+        import faiss  # noqa: F401
     except ImportError:
-        return None
+        return False
+    return True
+
+
+def nearest_by_faiss(vectors):
+    """A function from queries (Q,E) and k to what `nearest_by_product` gives, by FAISS's flat index of vectors (N,E)."""
+    import faiss
+
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors.numpy())
 
