@@ -137,7 +137,7 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
     def get_decoder(self):
         return self.decoder
 
-    def encode(self, modality_mask=None, task_ids=None, output_attentions=None, **inputs):
+    def encode(self, modality_mask=None, task_ids=None, **inputs):
         """FusedMemory of the inputs of a `CrossModalModel`."""
         fused = self.crossmodal(**inputs, modality_mask=modality_mask, task_ids=task_ids, return_dict=True)
         return FusedMemory(fused.last_hidden_state, fused.attention_mask, fused.modality_weights)

@@ -212,8 +212,7 @@ class TextDecoderConfig(PreTrainedConfig):
             decoder; its width need not be that of the fusion.
         gated_cross_attention: cross-attention through tanh of a learned number, 0 at the start: a decoder whose weights come
             from a pretrained causal model then begins as that model.
-        bos_token_id, eos_token_id, pad_token_id: a text begins with the first, which is never generated, and ends with the
-            second.
+        bos_token_id, eos_token_id, pad_token_id: a text begins with the first and ends with the second.
         label_smoothing: of the cross entropy. loss_chunk_size: words whose scores of all the vocabulary are in memory at once
             in training (None: all).
     """

@@ -129,7 +129,6 @@ def nearest_cost(count=100_000, width=256, queries=(1, 16, 128), top_k=10, round
         if has_faiss():
             faiss = nearest_by_faiss(vectors)
             runs["faiss"] = lambda asked=asked, faiss=faiss: faiss(asked, top_k)
-            assert torch.equal(runs["faiss"]()[1], runs["product"]()[1]), "FAISS and the product disagree"
         times = in_turn(runs, torch.device("cpu"), rounds)
         row = {"queries": number, "product_ms": 1000 * statistics.median(times["product"])}
         row |= {"faiss_ms": None, "product_over_faiss": None}

@@ -405,11 +405,7 @@ def _benchmark_retrieval(model, dataset, split, size, rounds, as_json):
 
     loaded, scores = None, {}
     if model:
-        loaded, processor = _load(model)
-        if type(loaded).__name__ != "CrossModalForRetrieval":
-            raise ValueError(
-                f"{model!r} is a {type(loaded).__name__}. --retrieval ranks with a CrossModalForRetrieval."
-            )
+        loaded, processor = _load(model, "CrossModalForRetrieval")
         if dataset:
             from .evaluate import evaluate as score
 

@@ -58,7 +58,9 @@ def index_rows(index, rows, progress=True):
     first, _ = inputs_of(samples.targets)
     texts = {}
     for target in samples.targets:
-        texts.setdefault(str(target["id"]), []).append(dict(target["keys"]).get("text"))
+        # Sounds and images that belong together by class have no text.
+        own = texts.setdefault(str(target["id"]), [])
+        own += [text for kind, text in target["keys"] if kind == "text"]
     for name in index.model.config.modality_names[:2]:
         argument = index.processor.argument_of(name)
         column = _Column(

@@ -160,16 +160,12 @@ class ClassificationTask(VQATask):
         return {"accuracy": float(np.mean(right)), "weighted_f1": float(f1)}
 
 
-class RetrievalTask:
-    """Pairs of two modalities. A target is `{"id": of the first input, "keys": [what says which other rows are right too]}`."""
+class OpenTask:
+    """What tasks without a vocabulary of answers share."""
 
-    model_class = "CrossModalForRetrieval"
-    main_metric = "mean_r1"
-    majority_name = "by chance"
-    two_stages = True
+    two_stages = False
     writes = False
-    evaluate_options = ("rerank", "full", "fold_size")
-    # The field gives these in per cent.
+    # The field gives its metrics in per cent already, or as they are.
     percent = 1
     answers = {}
 
@@ -180,6 +176,19 @@ class RetrievalTask:
     @classmethod
     def from_config(cls, config):
         return cls()
+
+    def check_targets(self, targets, allow_unknown=False):
+        """Any will do."""
+
+
+class RetrievalTask(OpenTask):
+    """Pairs of two modalities. A target is `{"id": of the first input, "keys": [what says which other rows are right too]}`."""
+
+    model_class = "CrossModalForRetrieval"
+    main_metric = "mean_r1"
+    majority_name = "by chance"
+    two_stages = True
+    evaluate_options = ("rerank", "full", "fold_size")
 
     def describe(self):
         return "pairs"
@@ -223,31 +232,17 @@ class RetrievalTask:
         """(B,K) whole numbers: rows are positives of each other where they agree in any column."""
         return torch.tensor([[_hash(key) for key in target["keys"]] for target in targets])
 
-    def check_targets(self, targets, allow_unknown=False):
-        """Any pair will do."""
 
-
-class CaptioningTask:
+class CaptioningTask(OpenTask):
     """Texts to write. A target is `{"text": what is learnt, "references": [all that are right]}`."""
 
     model_class = "CrossModalForCaptioning"
     majority_name = "most common text"
-    two_stages = False
     writes = True
     evaluate_options = ("num_beams", "max_new_tokens")
-    percent = 1
     metrics = ("exact_match", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider_d")
     main_metric = "cider_d"
-    answers = {}
     processor = None
-
-    @classmethod
-    def from_targets(cls, targets, min_answer_count=1):
-        return cls()
-
-    @classmethod
-    def from_config(cls, config):
-        return cls()
 
     def describe(self):
         return "texts to write"
@@ -310,9 +305,6 @@ class CaptioningTask:
         """Of the text that is most common in training, whatever is shown."""
         common = Counter(target["text"] for target in train_targets).most_common(1)[0][0]
         return self.score([self._as_written(common)] * len(targets), targets)
-
-    def check_targets(self, targets, allow_unknown=False):
-        """Any text will do."""
 
 
 class AnsweringTask(CaptioningTask):

@@ -29,7 +29,7 @@ Returns:
 Examples:
     >>> metric = evaluate.load("training/metrics/captions")
     >>> metric.compute(predictions=["a red car"], references=[["a red car.", "the car is red"]], meteor=False)["bleu1"]
-    0.9999999996666668
+    0.9999999993333338
 """
 
 _CITATION = """
