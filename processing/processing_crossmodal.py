@@ -14,6 +14,8 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
+from .chat_crossmodal import CHAT_TEMPLATE, check_conversation, is_conversation, render, without_oldest
+
 # Not called here: what a file imports is saved with it, and a folder with model and processor runs in `pipeline`.
 from .pipeline_crossmodal import CrossModalPipeline  # noqa: F401
 
@@ -59,7 +61,8 @@ class CrossModalProcessor(ProcessorMixin):
 
     Args:
         image_processor, tokenizer, feature_extractor: any subset; a modality needs the one of its type.
-        chat_template: for dialogue.
+        chat_template: for dialogue (Jinja, as everywhere in transformers); conversations are rendered with the one of
+            chat_crossmodal.py if there is none.
         modalities: per modality, in the order of the model's `modality_names`, a dict with `name`, `type`, `values` and
             `mask` (keys of the batch), `max_tokens`, and `options` (arguments of its sub-processor, where two
             modalities of a type differ). `from_config` writes them.
@@ -190,6 +193,11 @@ class CrossModalProcessor(ProcessorMixin):
         return [modality["name"] for modality in self.modalities]
 
     @property
+    def writes_on(self):
+        """Whether text is what the model goes on with: it writes, and no modality is text."""
+        return bool(self.writer) and not any(modality["type"] == "text" for modality in self.modalities)
+
+    @property
     def model_input_names(self):
         keys = [key for modality in self.modalities for key in (modality["values"], modality["mask"]) if key]
         return [*keys, "modality_mask"]
@@ -211,6 +219,8 @@ class CrossModalProcessor(ProcessorMixin):
         return_tensors="pt",
         text_target=None,
         padding=True,
+        return_offsets_mapping=False,
+        return_text_replacement_offsets=False,
         **named,
     ):
         """Raw inputs to a batch.
@@ -220,14 +230,17 @@ class CrossModalProcessor(ProcessorMixin):
 
         Args:
             images: PIL images, paths, URLs, bytes, arrays (H,W,3) or (3,H,W), tensors.
-            text: strings. Where no modality is text and the model writes text: what it is to go on with ("": it begins).
+            text: strings, or conversations (lists of `{"role", "content"}`), whose oldest turns are left out where they are too
+                long. Where no modality is text and the model writes text: what it is to go on with ("": it begins).
             audio: waveforms (samples,), or dicts with `array` and `sampling_rate`.
             videos: lists of frames, each an image; every row with the same number of frames.
             sampling_rate: in Hz, of the waveforms.
             deduplicate: give an image object that several rows share once, with `<key>_index (B,)` saying which row uses
                 which: the model then encodes it once.
-            text_target: strings that the model is to write, to `labels (B,T)`, -100 behind their end.
-            padding: for callers that ask; batches are always padded.
+            text_target: strings that the model is to write, to `labels (B,T)`, -100 behind their end. Where `text` is what it
+                goes on with, `decoder_input_ids` hold both, and the labels of `text` are -100.
+            padding, return_text_replacement_offsets: for callers that ask; batches are always padded.
+            return_offsets_mapping: also give `offset_mapping` (B,T,2), where in the text each word begins and ends.
             named: further modalities by name, and feature sequences (T,...) as arrays, tensors or lists of them. Also
                 `<name>_tokens`: tokens (T,W) or (h,w,W) of a frozen encoder (`model.base_model.encode_tokens`), a list with
                 one array per row, in place of the raw inputs of that modality.
@@ -239,8 +252,11 @@ class CrossModalProcessor(ProcessorMixin):
         Raises:
             ValueError: naming the row and what to do, for anything that cannot be read.
         """
-        prompts = None
-        if self.writer and not any(modality["type"] == "text" for modality in self.modalities):
+        prompts, offsets = None, None
+        text = self._as_text(text)
+        if isinstance(images, list | tuple) and any(isinstance(item, list | tuple) for item in images):
+            images, videos = self._of_conversations(images, videos)
+        if self.writes_on:
             prompts, text = text, None
         tokens = {name: f"{name}_tokens" for name in self.modality_names if named.get(f"{name}_tokens") is not None}
         given = {"images": images, "text": text, "audio": audio, "videos": videos, **named}
@@ -270,6 +286,8 @@ class CrossModalProcessor(ProcessorMixin):
                     made = self._process_audio_rows(modality, items, shown, sampling_rate)
                 else:
                     made = getattr(self, f"_process_{modality['type']}_rows")(modality, items, shown)
+                    if return_offsets_mapping and modality["type"] == "text":
+                        offsets = self.tokenizer(items, padding=True, return_offsets_mapping=True)["offset_mapping"]
                 if index is None or len(shown) == len(rows):
                     made = {key: _spread(values, rows, count) for key, values in made.items()}
                 else:
@@ -279,9 +297,19 @@ class CrossModalProcessor(ProcessorMixin):
         if partly.any():
             data["modality_mask"] = torch.from_numpy(present.T.copy())
         if prompts is not None:
-            data |= self._prompts(prompts, count)
-        if text_target is not None:
-            data["labels"] = self._targets(text_target, count)
+            prompts = [prompts] * count if isinstance(prompts, str) else list(prompts)
+            if len(prompts) != count:
+                raise ValueError(
+                    f"{len(prompts)} texts to go on with for {count} rows. Give one for each, or one for all."
+                )
+        if prompts is not None and text_target is None:
+            data |= self._prompts(prompts)
+            if return_offsets_mapping:
+                offsets = self._offsets_of_prompts(prompts, data["input_ids"].shape[1])
+        elif text_target is not None:
+            data |= self._targets(text_target, count, prompts)
+        if offsets is not None:
+            data["offset_mapping"] = offsets
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _columns(self, given, tokens):
@@ -312,11 +340,74 @@ class CrossModalProcessor(ProcessorMixin):
             raise ValueError("an empty list was given. Expected at least one row.")
         return columns | {name: [value] * count for name, value in single.items()}
 
-    def _prompts(self, texts, count):
+    def apply_chat_template(self, conversation, chat_template=None, add_generation_prompt=False, **kwargs):
+        """transformers' own, with `CHAT_TEMPLATE` where the processor has none. Where a conversation is too long for the model, its
+        oldest turns are left out; the images in them stay.
+
+        Raises:
+            ValueError: for a chat without a user turn, and messages of another form.
+        """
+        several = len(conversation) > 0 and not isinstance(conversation[0], dict)
+        chats = [getattr(chat, "messages", chat) for chat in (conversation if several else [conversation])]
+        template = chat_template or self.chat_template or CHAT_TEMPLATE
+        if isinstance(template, dict) or (isinstance(self.chat_template, dict) and template in self.chat_template):
+            template = self._resolve_chat_template(chat_template)
+        fitting = [self._fitting(chat, template, add_generation_prompt) for chat in chats]
+        return super().apply_chat_template(
+            fitting if several else fitting[0],
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            **kwargs,
+        )
+
+    def _fitting(self, messages, template, add_generation_prompt):
+        """A conversation without as many of its oldest turns as are too many for the model."""
+        check_conversation(messages)
+        if not self.writes_on:
+            limit = next(self._limit_of(modality) for modality in self.modalities if modality["type"] == "text")
+        else:
+            # Room for what is to be written, and the beginning.
+            limit = self.writer and self.writer["max_tokens"]
+            limit = limit and limit - 1 - min(limit // 4, 64)
+        while limit is not None:
+            text = render(messages, template, add_generation_prompt)
+            if len(self.tokenizer(text, add_special_tokens=not self.writes_on)["input_ids"]) <= limit:
+                break
+            shorter = without_oldest(messages)
+            if shorter is None:
+                break
+            logger.warning_once(
+                f"a chat is longer than the {limit} words that the model takes: its oldest turns are left out. This is said once."
+            )
+            messages = shorter
+        return messages
+
+    def _as_text(self, text):
+        """Conversations among texts, rendered; whether an answer is to follow is told by who speaks last."""
+        if is_conversation(text):
+            template = self.chat_template if isinstance(self.chat_template, str) else CHAT_TEMPLATE
+            asked = text[-1].get("role") == "user"
+            return render(self._fitting(text, template, asked), template, asked)
+        if isinstance(text, list | tuple):
+            return [self._as_text(item) if is_conversation(item) else item for item in text]
+        return text
+
+    def _of_conversations(self, images, videos):
+        """Images of rows that may have several: one each for a modality of images, frames for one of video."""
+        rows = [list(row) if isinstance(row, list | tuple) else [row] for row in images]
+        types = [modality["type"] for modality in self.modalities]
+        if "vision" not in types and "video" in types:
+            return None, [row or None for row in rows]
+        for number, row in enumerate(rows):
+            if len(row) > 1:
+                raise ValueError(
+                    f"row {number} has {len(row)} images, and this model takes one per row. Use a model with a modality of type "
+                    "'video', which takes several, or ask about one image."
+                )
+        return [row[0] if row else None for row in rows], videos
+
+    def _prompts(self, texts):
         """Beginnings of texts, padded on the left: `input_ids` and `attention_mask` (B,T)."""
-        texts = [texts] * count if isinstance(texts, str) else list(texts)
-        if len(texts) != count:
-            raise ValueError(f"{len(texts)} texts to go on with for {count} rows. Give one for each, or one for all.")
         words = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [torch.tensor([self.writer["bos_token_id"], *ids]) for ids in words]
         ids = torch.nn.utils.rnn.pad_sequence(
@@ -326,8 +417,13 @@ class CrossModalProcessor(ProcessorMixin):
         mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
         return {"input_ids": ids, "attention_mask": mask.long()}
 
-    def _targets(self, texts, count):
-        """What is to be written, with its end: (B,T), -100 behind it."""
+    def _offsets_of_prompts(self, texts, length):
+        """Where the words of `_prompts` lie in their texts, (0, 0) for those that are in none."""
+        offsets = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [[(0, 0)] * (length - len(own)) + list(own) for own in offsets]
+
+    def _targets(self, texts, count, prompts=None):
+        """What is to be written, with its end: labels (B,T), -100 behind it; behind prompts, what the decoder reads too."""
         if not self.writer:
             raise ValueError("text_target=... is for models that write text, and this processor's does not.")
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -342,7 +438,26 @@ class CrossModalProcessor(ProcessorMixin):
             )
             words = [ids[: limit - 1] for ids in words]
         rows = [torch.tensor([*ids, end]) for ids in words]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        if prompts is None:
+            return {"labels": labels}
+        begun = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        for row, (before, own) in enumerate(zip(begun, words, strict=True)):
+            if limit is not None and len(before) + len(own) + 1 > limit:
+                raise ValueError(
+                    f"row {row}: a text of {len(before)} words to go on with and {len(own)} to write, and the decoder has "
+                    f"{limit} positions. Shorten it, or take a decoder with more (max_position_embeddings)."
+                )
+        pad = self.tokenizer.pad_token_id or 0
+        read = [
+            torch.tensor([self.writer["bos_token_id"], *before, *own])
+            for before, own in zip(begun, words, strict=True)
+        ]
+        rows = [torch.cat([torch.full((len(before),), -100), row]) for before, row in zip(begun, rows, strict=True)]
+        return {
+            "labels": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100),
+            "decoder_input_ids": torch.nn.utils.rnn.pad_sequence(read, batch_first=True, padding_value=pad),
+        }
 
     def _process_text_rows(self, modality, items, rows):
         for row, item in zip(rows, items, strict=True):
@@ -351,9 +466,7 @@ class CrossModalProcessor(ProcessorMixin):
                     f"text of row {row} ({modality['name']!r}) is {item!r}. Expected a string with at least one word, "
                     "or None for a row without text."
                 )
-        limit = modality.get("max_tokens")
-        if limit is None and self.tokenizer.model_max_length < _NO_LIMIT:
-            limit = self.tokenizer.model_max_length
+        limit = self._limit_of(modality)
         encoded = self.tokenizer(
             items,
             padding=True,
@@ -368,6 +481,13 @@ class CrossModalProcessor(ProcessorMixin):
                     f"some {modality['name']!r} is longer than the limit of {limit} tokens, and is cut there. This is said once."
                 )
         return {modality["values"]: encoded["input_ids"], modality["mask"]: encoded["attention_mask"]}
+
+    def _limit_of(self, modality):
+        """The most tokens of a text modality, or None."""
+        limit = modality.get("max_tokens")
+        if limit is None and self.tokenizer.model_max_length < _NO_LIMIT:
+            limit = self.tokenizer.model_max_length
+        return limit
 
     def _process_vision_rows(self, modality, items, rows):
         images = [read_image(item, f"image of row {row}") for row, item in zip(rows, items, strict=True)]

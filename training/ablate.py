@@ -16,7 +16,6 @@ from tqdm import tqdm
 from ..modeling.configuration_crossmodal import CrossModalConfig
 from .building import encoders_and_config
 from .datasets import RowDataset, load_rows, some_of
-from .evaluate import task_of
 from .recipes import nearest
 from .robustness import CorruptedDataset
 from .tasks import TASKS
@@ -195,7 +194,7 @@ def _score_with_missing(run, result, eval_rows, rate):
     rows = load_rows(run.dataset, run.eval_split) if eval_rows is None else eval_rows
     whole = RowDataset(some_of(rows, run.max_eval_rows, run.seed), run.task)
     samples = with_cached_tokens(run, model, processor, {"evaluation": whole}, lambda line: None)["evaluation"]
-    task, found = task_of(model), {}
+    task, found = TASKS[run.task].from_config(model.config), {}
     for name, argument in arguments.items():
         if argument not in whole.adapter.inputs:
             continue

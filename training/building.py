@@ -15,6 +15,7 @@ import crossmodal
 
 from ..configs import load_preset
 from ..modeling.configuration_crossmodal import _as_config
+from ..processing.chat_crossmodal import CHAT_TEMPLATE, is_conversation, render
 from ..processing.processing_crossmodal import CrossModalProcessor
 
 
@@ -51,9 +52,14 @@ def train_tokenizer(texts, vocab_size=2000):
 
 def _texts(datasets):
     """All different texts of datasets, those that are to be written too."""
-    columns = [dataset.raw_column("text") for dataset in datasets]
+    columns = [map(_plain, dataset.raw_column("text")) for dataset in datasets]
     columns += [[t["text"] for t in d.targets if isinstance(t, dict) and "references" in t] for d in datasets]
     return [text for text in dict.fromkeys(text for column in columns for text in column) if text]
+
+
+def _plain(text):
+    """The text of a conversation, others as they are."""
+    return render(text) if is_conversation(text) else text
 
 
 def encoders_and_config(recipe):
@@ -92,7 +98,10 @@ def build(recipe, task, datasets):
     model = getattr(crossmodal, task.model_class).from_encoders(
         freeze=tuple(recipe.model.get("freeze") or ()), **encoders, **options
     )
-    return model, _processor(recipe, model.config, sources, tokenizer)
+    processor = _processor(recipe, model.config, sources, tokenizer)
+    if recipe.task == "dialogue":
+        processor.chat_template = CHAT_TEMPLATE
+    return model, processor
 
 
 def _decoder(recipe, tokenizer):

@@ -42,12 +42,24 @@ def train(
     from .tasks import TASKS
 
     task = TASKS[loaded.task]
-    table = task.table("this model", result["metrics"]) | {task.majority_name: result["majority"]}
+    table = (
+        task.table("this model", result["metrics"]) | result["baselines"] | {task.majority_name: result["majority"]}
+    )
     _print_table(f"{loaded.name}: {loaded.eval_split}, {result['eval_rows']:,} rows", table)
     since = " since it was resumed" if result["resumed"] else ""
     _note(f"{result['minutes']:.1f} minutes{since}; the model is in {loaded.output_dir}")
     if as_json:
-        keys = ("metrics", "majority", "parameters", "trainable_parameters", "minutes", "seed", "epochs", "eval_rows")
+        keys = (
+            "metrics",
+            "majority",
+            "baselines",
+            "parameters",
+            "trainable_parameters",
+            "minutes",
+            "seed",
+            "epochs",
+            "eval_rows",
+        )
         _print_json({key: result[key] for key in keys} | {"output_dir": loaded.output_dir})
 
 
@@ -67,18 +79,26 @@ def evaluate(
     fold_size: Annotated[
         int | None, typer.Option(min=1, help="Retrieval: mean over folds of so many (1000: COCO 1K).")
     ] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Writing: beams of the search (default 1).")] = None,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Dialogue: show the model the last question alone.")
+    ] = False,
     as_json: _JSON = False,
 ):
     """Score a model on a split of a dataset."""
     _quiet()
+    from .datasets import load_rows
     from .evaluate import evaluate as run
     from .evaluate import task_of
 
     loaded, processor = _load(model)
-    options = {"rerank": rerank, "full": full or None, "fold_size": fold_size}
+    rows = load_rows(dataset, split)
+    options = {"rerank": rerank, "full": full or None, "fold_size": fold_size, "num_beams": num_beams}
+    options |= {"history": False} if no_history else {}
     options = {name: value for name, value in options.items() if value is not None}
-    metrics = run(loaded, processor, dataset, split, batch_size, unknown_answers_wrong, **options)
-    _print_table(f"{Path(model).name} on {Path(dataset).name}, {split}", task_of(loaded).table("this model", metrics))
+    metrics = run(loaded, processor, rows, split, batch_size, unknown_answers_wrong, **options)
+    table = task_of(loaded, rows.column_names).table("this model", metrics)
+    _print_table(f"{Path(model).name} on {Path(dataset).name}, {split}", table)
     if as_json:
         _print_json(metrics)
 
@@ -87,15 +107,30 @@ def evaluate(
 def predict(
     model: _MODEL,
     image: Annotated[str | None, typer.Option(help="Path or URL of an image.")] = None,
-    text: Annotated[str | None, typer.Option(help="The question.")] = None,
+    text: Annotated[str | None, typer.Option(help="The question; of a captioner, the beginning of its text.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of answers.")] = 5,
+    num_beams: Annotated[int, typer.Option(min=1, help="Writing: beams of the search.")] = 1,
     as_json: _JSON = False,
 ):
-    """Answer a question about an image; either may be left out."""
+    """Answer a question about an image, or write about it; either may be left out."""
     if image is None and text is None:
         raise ValueError("nothing to predict from. Pass --image FILE, --text '...', or both.")
     _quiet()
     loaded, processor = _load(model)
+    if type(loaded).__name__ == "CrossModalForCaptioning":
+        from .chat import written_about
+
+        written = written_about(loaded, processor, image, text, num_beams=num_beams)
+        if as_json:
+            _print_json({"generated_text": written})
+        else:
+            print(written)
+        return
+    if type(loaded).__name__ != "CrossModalForVQA":
+        raise ValueError(
+            f"{model!r} holds a {type(loaded).__name__}, which `predict` does not serve. Use `crossmodal search` for retrieval, "
+            "and pipeline(model=..., trust_remote_code=True) for others."
+        )
     from ..processing.pipeline_crossmodal import CrossModalVQAPipeline
 
     pipe = CrossModalVQAPipeline(model=loaded.eval(), processor=processor, task="visual-question-answering")
@@ -106,6 +141,42 @@ def predict(
     for answer in found["answers"]:
         print(f"{answer['score']:7.2%}  {answer['answer']}")
     print("weights  " + "  ".join(f"{name} {weight:.2f}" for name, weight in found["modality_weights"].items()))
+
+
+@app.command()
+def chat(
+    model: _MODEL,
+    image: Annotated[list[str] | None, typer.Option(help="Path or URL of an image; may be given again.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Words of an answer at most.")] = None,
+):
+    """Talk with a model about images. A line is a question; /image FILE shows another image, /new begins anew, /exit ends."""
+    _quiet()
+    from .chat import Conversation
+
+    loaded, processor = _load(model, "CrossModalForCaptioning")
+    talk = Conversation(loaded, processor, image or ())
+    options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    shown = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if shown else "").strip()
+        except EOFError:
+            break
+        command, _, rest = line.partition(" ")
+        if command == "/exit":
+            break
+        try:
+            if command == "/new":
+                talk = Conversation(loaded, processor, image or ())
+            elif command == "/image":
+                talk.show(rest.strip())
+            elif line:
+                for piece in talk.ask(line, **options):
+                    print(piece, end="", flush=True)
+                print(flush=True)
+        except ValueError as error:
+            # What was said so far is worth more than the end of the process.
+            print(f"crossmodal: {_one_line(error)}", file=sys.stderr)
 
 
 @app.command()
@@ -443,6 +514,7 @@ def robustness(
 ):
     """Score a model with each modality missing or noisy, and write it into its card."""
     _quiet()
+    from .datasets import load_rows
     from .evaluate import task_of
     from .robustness import add_to_folder
     from .robustness import robustness as run
@@ -451,16 +523,17 @@ def robustness(
     if not output and not folder.is_dir():
         raise ValueError(f"{model!r} is no folder here. Pass --output FOLDER for the table, the plot and the card.")
     loaded, processor = _load(model)
-    table = run(loaded, processor, dataset, split, seed, batch_size, limit, write=_note)
-    metric = task_of(loaded).main_metric
+    data = load_rows(dataset, split)
+    task = task_of(loaded, data.column_names)
+    table = run(loaded, processor, data, split, seed, batch_size, limit, write=_note)
     rows = {}
     for row in table:
         name = "clean" if row["modality"] is None else f"{row['modality']}, {row['kind']} {row['level']:g}"
-        rows[name] = {key: value for key, value in row.items() if key in task_of(loaded).metrics}
+        rows[name] = {key: value for key, value in row.items() if key in task.metrics}
     _print_table(f"{Path(model).name} on {Path(dataset).name}, {split}", rows)
     folder.mkdir(parents=True, exist_ok=True)
     count = f"the first {limit:,} shuffled rows" if limit else "all rows"
-    add_to_folder(folder, table, metric, f"`{Path(dataset).name}`, {split}, {count}")
+    add_to_folder(folder, table, task.main_metric, f"`{Path(dataset).name}`, {split}, {count}")
     _note(f"table, plot and card: {folder}")
     if as_json:
         _print_json(table)

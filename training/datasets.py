@@ -29,6 +29,8 @@ class Adapter:
         images, sounds: columns that hold images, and encoded sound.
         group: row (without its images) to what it shares with others, which no split may tear apart, or None.
         several: column that may hold a list, each item of which makes a sample of its own (captions of an image), or None.
+        items: of such a list to the numbers of its items that make a sample.
+        take: (list, number) to what is the input then: the item itself, or the turns of a dialogue before it.
     """
 
     task: str
@@ -39,6 +41,8 @@ class Adapter:
     sounds: tuple[str, ...] = ()
     group: Callable[[dict], object] = lambda row: row.get("image_id")
     several: str | None = None
+    items: Callable[[list], object] = lambda values: range(len(values))
+    take: Callable[[list, int], object] = lambda values, item: values[item]
 
     @property
     def files(self):
@@ -93,6 +97,19 @@ def _answers(*columns):
     return Adapter("answering", columns, {"images": "image", "text": "question"}, _answered)
 
 
+def _turns(messages):
+    """Numbers of what the assistant says."""
+    return [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _said(row):
+    """Target of a turn of a dialogue. Whoever says it is `role` of the column `messages`."""
+    content = row["messages"]["content"]
+    if not isinstance(content, str):
+        content = " ".join(part["text"] for part in content if part.get("type") == "text")
+    return {"text": content, "references": [content]}
+
+
 # Most specific schema first. A target of a VQA adapter is a string, the list of all annotators' answers, or the score of
 # every answer that holds.
 DATASETS = {
@@ -128,6 +145,16 @@ DATASETS = {
     "sentences_to_write": _captions("image", "sentences"),
     "vqa_v2_to_write": _answers("image", "question", "answers"),
     "answers_to_write": _answers("image", "question", "answer"),
+    # A picture and a conversation about it, as chat models are trained: each turn of the assistant is learnt.
+    "messages": Adapter(
+        "dialogue",
+        ("image", "messages"),
+        {"images": "image", "text": "messages"},
+        _said,
+        several="messages",
+        items=_turns,
+        take=lambda messages, item: messages[:item],
+    ),
     # Of two datasets (see `load_rows`): whatever is of one class belongs together.
     "sounds_and_images": Adapter(
         "retrieval",
@@ -179,6 +206,12 @@ def _drawn_shape_facts(split, rows):
     return facts_dataset(rows, split)
 
 
+def _drawn_shape_dialogues(split, rows):
+    from .shapes import dialogues_dataset
+
+    return dialogues_dataset(rows, split)
+
+
 def _drawn_boxes(split, rows):
     from .boxes import boxes_dataset
 
@@ -196,6 +229,7 @@ DRAWN = {
     "drawn:shapes": _drawn_shapes,
     "drawn:simple_shapes": _drawn_simple_shapes,
     "drawn:shape_facts": _drawn_shape_facts,
+    "drawn:shape_dialogues": _drawn_shape_dialogues,
     "drawn:boxes": _drawn_boxes,
     "drawn:box_facts": _drawn_box_facts,
 }
@@ -344,9 +378,10 @@ class RowDataset(Dataset):
         self.places = [(row, None) for row in range(len(rows))]
         several, plain = self.adapter.several, rows.remove_columns(self.adapter.files)
         if several is not None:
-            held = [len(value) if isinstance(value, list) else None for value in plain[several]]
             self.places = [
-                (row, item) for row, count in enumerate(held) for item in ([None] if count is None else range(count))
+                (row, item)
+                for row, value in enumerate(plain[several])
+                for item in (self.adapter.items(value) if isinstance(value, list) else [None])
             ]
         # Rows about the same image, which are cheaper in one batch.
         images = rows["image_id"] if "image_id" in rows.column_names else None
@@ -393,7 +428,7 @@ class RowDataset(Dataset):
         return self.variants_of(key)[variant](self._read(index, self.rows[self.places[index][0]], key))
 
     def _item(self, value, column, item):
-        value = value[item] if item is not None and column == self.adapter.several else value
+        value = self.adapter.take(value, item) if item is not None and column == self.adapter.several else value
         # A sentence of COCO comes with its tokens.
         return value["raw"] if isinstance(value, dict) and "raw" in value else value
 

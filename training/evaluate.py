@@ -4,11 +4,12 @@ from .datasets import RowDataset, load_rows
 from .tasks import TASKS, name_of
 
 
-def task_of(model):
-    """The task that a head serves."""
+def task_of(model, columns=()):
+    """The task that a head serves. A model that writes serves several: columns of the data tell which."""
     head = type(model).__name__
-    if head == "CrossModalForCaptioning" and model.reads_text:
-        return TASKS["answering"].from_config(model.config)
+    if head == "CrossModalForCaptioning":
+        name = "dialogue" if "messages" in columns else "answering" if model.reads_text else "captioning"
+        return TASKS[name].from_config(model.config)
     for task in TASKS.values():
         if task.model_class == head:
             return task.from_config(model.config)
@@ -17,12 +18,12 @@ def task_of(model):
 
 def evaluate(model, processor, dataset, split, batch_size=128, unknown_answers_wrong=False, progress=True, **options):
     """Metrics of a model on a split, by name. `dataset` is a Hub id, folder, file, or rows; options: of the task."""
-    task = task_of(model)
+    rows = load_rows(dataset, split) if isinstance(dataset, str) else dataset
+    task = task_of(model, rows.column_names)
     for name in options:
         if name not in task.evaluate_options:
             allowed = list(task.evaluate_options) or "none"
             raise ValueError(f"{name} does not go with {type(model).__name__}. Options of its evaluation: {allowed}.")
-    rows = load_rows(dataset, split) if isinstance(dataset, str) else dataset
     samples = RowDataset(rows, name_of(task))
     task.check_targets(samples.targets, unknown_answers_wrong)
     return task.evaluate(model, processor, samples, batch_size, progress, **options)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from torch.utils.data import Dataset
 
+from ..processing.chat_crossmodal import is_conversation
 from .datasets import RowDataset, load_rows
 from .evaluate import task_of
 from .tasks import name_of
@@ -55,6 +56,9 @@ def _drop_patches(image, level, rng):
 
 
 def _drop_words(text, level, rng):
+    if is_conversation(text):
+        asked = [message | {"content": _drop_words(message["content"], level, rng)} for message in text]
+        return [new if new["role"] == "user" else message for new, message in zip(asked, text, strict=True)]
     words = text.split()
     kept = [word for word in words if rng.random() >= level]
     return " ".join(kept) or words[int(rng.integers(len(words)))]
@@ -105,7 +109,7 @@ class CorruptedDataset(Dataset):
     def __init__(self, dataset, name, arguments, corruption, level, seed=0):
         self.dataset, self.name, self.arguments = dataset, name, arguments
         self.corruption, self.level, self.seed = corruption, level, seed
-        self.targets = dataset.targets
+        self.targets, self.places = dataset.targets, dataset.places
 
     def __len__(self):
         return len(self.dataset)
@@ -136,8 +140,8 @@ def robustness(model, processor, dataset, split, seed=0, batch_size=128, limit=N
     Returns:
         list of dicts `{"modality", "kind", "level", "unit", <metrics>}`, the first one (`modality` None) of clean rows.
     """
-    task = task_of(model)
     rows = load_rows(dataset, split) if isinstance(dataset, str) else dataset
+    task = task_of(model, rows.column_names)
     if limit is not None and limit < len(rows):
         rows = rows.shuffle(seed=seed).select(range(limit))
     samples = RowDataset(rows, name_of(task))

@@ -44,6 +44,12 @@ _PATIENCE = 100  # misses before places are drawn anew
 _MARGIN = 12.0  # least distance between two centres along the axis that a relation names
 _OFF_CENTRE = 6.0  # least distance of a centre from the middle of the image, where a side of it is asked for
 
+_APART = 6.0  # least distance along the x axis of things that a caption names in order
+
+# A caption and questions about it.
+DIALOGUE_TURNS = 6
+_DESCRIBE = ("what is in the picture?", "describe the picture.", "what do you see?")
+
 # Relative to the circle around a thing, y pointing down. For areas that are alike, the triangle sticks out of
 # its circle with two corners, by less than half the gap.
 _CIRCLE_RADIUS = 0.82
@@ -320,6 +326,117 @@ def facts_dataset(num_images: int, split: str = "train", seed: int = 0) -> "Data
         "question": ["what is in the picture?"] * num_images,
         "facts": [sorted(facts_of(scene)) for scene in scenes],
     }
+    return Dataset.from_dict(columns).cast_column("image", ImageFeature())
+
+
+class _Ask(NamedTuple):
+    """A turn of a dialogue: its kind, the question, the answer, the thing it is about (its number), and what of that is known
+    now. `form` asks the same of another thing."""
+
+    kind: str
+    question: str
+    answer: str
+    thing: int | None = None
+    known: tuple[str, ...] = ()
+    form: tuple[str, ...] = ()
+
+
+def caption_of(scene: list[Thing]) -> str:
+    """Every thing of a scene, from the left to the right."""
+    named = [f"a {thing.color} {thing.shape}" for thing in sorted(scene, key=lambda thing: thing.x)]
+    return " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
+
+
+def _asks(scene: list[Thing], last: _Ask, names: dict[int, dict[str, str]]) -> Iterator[_Ask]:
+    """What may be asked next. Kinds `it` and `and` cannot be answered without the turn before."""
+    for thing, phrases in names.items():
+        for naming, phrase in phrases.items():
+            for about in ("color", "shape", *_SIDES):
+                answer = _about(scene, thing, about)
+                if answer is None or about == naming:
+                    continue
+                form = (about, naming)
+                known = (naming, about)
+                if last.form == form and thing != last.thing:
+                    yield _Ask("and", f"and the {phrase}?", answer, thing, known, form)
+                if about in _SIDES:
+                    yield _Ask("side", f"is the {phrase} {about}?", answer, thing, known, form)
+                elif about == "color":
+                    yield _Ask("color", f"what color is the {phrase}?", answer, thing, known, form)
+                else:
+                    yield _Ask("shape", f"what shape is the {phrase}?", answer, thing, known, form)
+    if last.thing is not None:
+        for about in ("color", "shape", *_SIDES):
+            answer = _about(scene, last.thing, about)
+            if answer is not None and about not in last.known:
+                question = f"is it {about}?" if about in _SIDES else f"what {about} is it?"
+                yield _Ask("it", question, answer, last.thing, (*last.known, about))
+    yield _Ask("count", "how many things are there?", str(len(scene)))
+    for phrase in _PHRASES["both"]:
+        there = [n for n, thing in enumerate(scene) if f"{thing.color} {thing.shape}" == phrase]
+        known = ("color", "shape")
+        yield _Ask(
+            "exists", f"is there a {phrase}?", _yes_no(bool(there)), there[0] if len(there) == 1 else None, known
+        )
+
+
+def _about(scene: list[Thing], thing: int, about: str) -> str | None:
+    """Color, shape or side of a thing; None where its side is not clear, or where nothing lies on the other one."""
+    if about not in _SIDES:
+        return getattr(scene[thing], about)
+    axis, answers = _SIDES[about]
+    offset = _offset(scene[thing], axis)
+    other_side = len(scene) == 1 or any(_offset(other, axis) * offset < 0 for other in scene)
+    return answers[offset > 0] if abs(offset) >= _OFF_CENTRE and other_side else None
+
+
+def sample_dialogue(scene: list[Thing], turns: int, rng: np.random.Generator) -> list[_Ask]:
+    """A caption, and questions of kinds drawn evenly, as far as a scene allows them."""
+    asked = [_Ask("caption", str(rng.choice(_DESCRIBE)), caption_of(scene))]
+    shapes = Counter(thing.shape for thing in scene)
+    names = {}
+    for number, thing in enumerate(scene):
+        names[number] = {"color": f"{thing.color} thing"}
+        if shapes[thing.shape] == 1:
+            names[number]["shape"] = thing.shape
+    while len(asked) < turns:
+        by_kind = defaultdict(list)
+        for ask in _asks(scene, asked[-1], names):
+            if ask.question not in [earlier.question for earlier in asked if earlier.kind not in ("it", "and")]:
+                by_kind[ask.kind].append(ask)
+        kinds = sorted(by_kind)
+        # Half of the turns go on from the one before, where they can.
+        going_on = [kind for kind in kinds if kind in ("it", "and")]
+        kind = str(rng.choice(going_on if going_on and rng.random() < 0.5 else kinds))
+        questions = by_kind[kind]
+        if kind == "exists":
+            truth = _yes_no(bool(rng.random() < 0.5))
+            questions = [ask for ask in questions if ask.answer == truth] or questions
+        asked.append(questions[rng.integers(len(questions))])
+    return asked
+
+
+def dialogues_dataset(num_images: int, split: str = "train", seed: int = 0, turns: int = DIALOGUE_TURNS) -> "Dataset":
+    """Rows of image, image_id, `messages` (user and assistant in turn, the first asking for a caption) and `kinds` of the questions.
+
+    The things of a scene have different colors, and lie apart from the left to the right as far as it takes to tell which comes
+    first.
+    """
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), 2)))
+    columns = {"image": [], "image_id": list(range(num_images)), "messages": [], "kinds": []}
+    while len(columns["image"]) < num_images:
+        scene = sample_scene(rng, different=True)
+        places = sorted(thing.x for thing in scene)
+        if any(right - left < _APART for left, right in zip(places, places[1:], strict=False)):
+            continue
+        asks = sample_dialogue(scene, turns, rng)
+        said = [pair for ask in asks for pair in (("user", ask.question), ("assistant", ask.answer))]
+        columns["image"].append({"bytes": _png(draw_scene(scene, rng)), "path": None})
+        columns["messages"].append([{"role": role, "content": content} for role, content in said])
+        columns["kinds"].append([ask.kind for ask in asks])
     return Dataset.from_dict(columns).cast_column("image", ImageFeature())
 
 

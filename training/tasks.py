@@ -31,7 +31,8 @@ class VQATask:
 
     model_class = "CrossModalForVQA"
     majority_name = "most common answer"
-    two_stages = False
+    # Whether rows are compared with one another, or answered in turn, which Trainer's own loop does not.
+    scores_whole = False
     writes = False
     # What `evaluate` takes beyond what all tasks take.
     evaluate_options = ()
@@ -123,6 +124,10 @@ class VQATask:
         predictions = [self.id2label[index] for index in np.asarray(logits).argmax(-1).tolist()]
         return self.score_answers(predictions, targets)
 
+    def baselines(self, model, processor, training, evaluation, progress=True):
+        """{name: metrics} of what needs no training, on the same rows."""
+        return {}
+
     @staticmethod
     def score_answers(predictions, targets):
         exact, official = [], []
@@ -160,10 +165,38 @@ class ClassificationTask(VQATask):
         return {"accuracy": float(np.mean(right)), "weighted_f1": float(f1)}
 
 
+def frozen_features(model, processor, samples, name, batch_size=64, progress=True):
+    """(N,W) means over the tokens of the deepest tapped level of one encoder, of a dataset of raw samples or cached tokens;
+    zeros for rows that lack the modality."""
+    argument, rows = processor.argument_of(name), []
+    values, mask = model.config.input_keys(name)
+    for start in tqdm(
+        range(0, len(samples), batch_size), desc=f"features of {name}", disable=not progress, leave=False
+    ):
+        batch = [samples[index] for index in range(start, min(start + batch_size, len(samples)))]
+        if f"{name}_tokens" in batch[0]:
+            tokens = [sample[f"{name}_tokens"] for sample in batch]
+        else:
+            own = [sample[argument] for sample in batch if sample[argument] is not None]
+            read = dict(processor(**{argument: own}).to(model.device)) if own else {}
+            made = iter(_unpadded(*model.base_model.encode_tokens(name, read[values], read.get(mask))) if own else ())
+            tokens = [None if sample[argument] is None else next(made) for sample in batch]
+        rows += [
+            None if item is None else torch.as_tensor(np.asarray(item)).flatten(0, -2).float().mean(0)
+            for item in tokens
+        ]
+    width = next(len(row) for row in rows if row is not None)
+    return torch.stack([torch.zeros(width) if row is None else row for row in rows])
+
+
+def _unpadded(tokens, mask):
+    return [row if mask is None else row[mask[n]] for n, row in enumerate(tokens.cpu())]
+
+
 class OpenTask:
     """What tasks without a vocabulary of answers share."""
 
-    two_stages = False
+    scores_whole = False
     writes = False
     # The field gives its metrics in per cent already, or as they are.
     percent = 1
@@ -180,6 +213,10 @@ class OpenTask:
     def check_targets(self, targets, allow_unknown=False):
         """Any will do."""
 
+    def baselines(self, model, processor, training, evaluation, progress=True):
+        """{name: metrics} of what needs no training, on the same rows."""
+        return {}
+
 
 class RetrievalTask(OpenTask):
     """Pairs of two modalities. A target is `{"id": of the first input, "keys": [what says which other rows are right too]}`."""
@@ -187,7 +224,7 @@ class RetrievalTask(OpenTask):
     model_class = "CrossModalForRetrieval"
     main_metric = "mean_r1"
     majority_name = "by chance"
-    two_stages = True
+    scores_whole = True
     evaluate_options = ("rerank", "full", "fold_size")
 
     def describe(self):
@@ -239,7 +276,7 @@ class CaptioningTask(OpenTask):
     model_class = "CrossModalForCaptioning"
     majority_name = "most common text"
     writes = True
-    evaluate_options = ("num_beams", "max_new_tokens")
+    evaluate_options = ("num_beams", "max_new_tokens", "meteor")
     metrics = ("exact_match", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider_d")
     main_metric = "cider_d"
     processor = None
@@ -262,7 +299,7 @@ class CaptioningTask(OpenTask):
 
     def encode_targets(self, targets):
         """(B,T) words with their end, -100 behind it."""
-        return self.processor._targets([target["text"] for target in targets], len(targets))
+        return self.processor._targets([target["text"] for target in targets], len(targets))["labels"]
 
     def decode(self, words):
         """Texts of generated words (N,T), -100 where batches of other lengths were put together."""
@@ -273,18 +310,26 @@ class CaptioningTask(OpenTask):
         return self.score(self.decode(outputs), targets)
 
     @torch.inference_mode()
-    def evaluate(self, model, processor, samples, batch_size=128, progress=True, **options):
-        """Metrics of what a model writes about each row, once however many texts it has. options: of `generate`."""
+    def evaluate(self, model, processor, samples, batch_size=128, progress=True, meteor=None, **options):
+        """Metrics of what a model writes about each row, once however many texts it has. meteor: score it too (None: where Java
+        is). options: of `generate`."""
         self.processor = processor
         rows = [index for index, (_, item) in enumerate(samples.places) if not item]
-        loader = DataLoader(Subset(samples, rows), batch_size, collate_fn=SampleCollator(processor))
+        loader = DataLoader(Subset(samples, rows), batch_size, collate_fn=list)
         texts = []
         for batch in tqdm(loader, desc="write", disable=not progress, leave=False):
-            batch = {key: value.to(model.device) for key, value in batch.items()}
-            texts += self.decode(model.eval().generate(**batch, **options)[:, 1:].cpu())
-        return self.score(texts, [samples.targets[row] for row in rows])
+            texts += self.write(model, batch, **options)
+        return self.score(texts, [samples.targets[row] for row in rows], meteor)
 
-    def score(self, texts, targets):
+    @torch.inference_mode()
+    def write(self, model, samples, **options):
+        """What a model writes about samples. options: of `generate`."""
+        batch = SampleCollator(self.processor)(samples)
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        begun = batch["input_ids"].shape[1] if self.processor.writes_on and "input_ids" in batch else 1
+        return self.decode(model.eval().generate(**batch, **options)[:, begun:].cpu())
+
+    def score(self, texts, targets, meteor=False):
         """`exact_match` (of any reference, as the tokenizer writes it), and the metrics of captions where pycocoevalcap is there."""
         references = [target["references"] for target in targets]
         plain = [{self._as_written(text) for text in own} for own in references]
@@ -293,7 +338,7 @@ class CaptioningTask(OpenTask):
             metric = _captions_metric()
         except ImportError:
             return found
-        scores = metric.compute(predictions=texts, references=references, meteor=False)
+        scores = metric.compute(predictions=texts, references=references, meteor=meteor)
         return found | scores
 
     def _as_written(self, text):
@@ -306,6 +351,23 @@ class CaptioningTask(OpenTask):
         common = Counter(target["text"] for target in train_targets).most_common(1)[0][0]
         return self.score([self._as_written(common)] * len(targets), targets)
 
+    @torch.inference_mode()
+    def baselines(self, model, processor, training, evaluation, progress=True):
+        """The text of the most similar training row (cosine of the mean token of a frozen encoder), if there is such an encoder and
+        nothing else to read."""
+        frozen = [name for name in model.config.modality_names if name in model.config.frozen_modalities]
+        if len(frozen) != len(model.config.modality_names) or len(frozen) > 1:
+            return {}
+        known, asked = (
+            torch.nn.functional.normalize(
+                frozen_features(model, processor, samples, frozen[0], progress=progress), dim=-1
+            )
+            for samples in (training, evaluation)
+        )
+        nearest = torch.cat([(part @ known.T).argmax(dim=1) for part in asked.split(1024)]).tolist()
+        texts = [self._as_written(training.targets[row]["text"]) for row in nearest]
+        return {"nearest training row": self.score(texts, evaluation.targets)}
+
 
 class AnsweringTask(CaptioningTask):
     """Answers written freely: the question is a text modality."""
@@ -313,6 +375,64 @@ class AnsweringTask(CaptioningTask):
     main_metric = "exact_match"
     percent = 100
     majority_name = "most common answer"
+
+    def evaluate(self, *args, meteor=False, **options):
+        return super().evaluate(*args, meteor=meteor, **options)
+
+
+class DialogueTask(AnsweringTask):
+    """What an assistant says in turn about a picture."""
+
+    evaluate_options = ("num_beams", "max_new_tokens", "history")
+    metrics = ("exact_match", "first_turns", "later_turns")
+    scores_whole = True
+
+    @torch.inference_mode()
+    def evaluate(self, model, processor, samples, batch_size=128, progress=True, history=True, **options):
+        """`exact_match` of all turns, of the first and of the later ones, each of which a model answers after what it said itself
+        before. history: False shows it the last question alone."""
+        self.processor = processor
+        turns = {}
+        for index, (row, _) in enumerate(samples.places):
+            turns.setdefault(row, []).append(index)
+        said, texts = {row: [] for row in turns}, [None] * len(samples)
+        for number in tqdm(range(max(map(len, turns.values()))), desc="turns", disable=not progress, leave=False):
+            now = [(row, own[number]) for row, own in turns.items() if len(own) > number]
+            for start in range(0, len(now), batch_size):
+                part = now[start : start + batch_size]
+                batch = []
+                for row, index in part:
+                    sample = dict(samples[index])
+                    if sample["text"] is not None:
+                        sample["text"] = _with_own(sample["text"], said[row]) if history else sample["text"][-1:]
+                    batch.append(sample)
+                for (row, index), text in zip(part, self.write(model, batch, **options), strict=True):
+                    said[row].append(text)
+                    texts[index] = text
+        right = np.array(
+            [text == self._as_written(target["text"]) for text, target in zip(texts, samples.targets, strict=True)]
+        )
+        first = np.isin(np.arange(len(samples)), [own[0] for own in turns.values()])
+        found = {"exact_match": float(right.mean()), "first_turns": float(right[first].mean())}
+        return found | ({"later_turns": float(right[~first].mean())} if not first.all() else {})
+
+    def score(self, texts, targets):
+        """Of single turns, each after the true ones before it."""
+        return {
+            "exact_match": float(
+                np.mean(
+                    [text == self._as_written(target["text"]) for text, target in zip(texts, targets, strict=True)]
+                )
+            )
+        }
+
+
+def _with_own(messages, said):
+    """A dialogue in which the assistant has said what it said."""
+    answers = iter(said)
+    return [
+        message | {"content": next(answers)} if message["role"] == "assistant" else message for message in messages
+    ]
 
 
 @lru_cache(maxsize=1)
@@ -342,4 +462,5 @@ TASKS = {
     "retrieval": RetrievalTask,
     "captioning": CaptioningTask,
     "answering": AnsweringTask,
+    "dialogue": DialogueTask,
 }

@@ -17,6 +17,7 @@ from huggingface_hub.constants import HF_HOME
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..processing.chat_crossmodal import is_conversation
 from ..processing.processing_crossmodal import _SUB_PROCESSORS
 
 
@@ -41,6 +42,8 @@ def _update(digest, value):
         digest.update(b"text" + value.encode())
     elif isinstance(value, bytes):
         digest.update(b"file" + value)
+    elif is_conversation(value):
+        digest.update(b"chat" + json.dumps(value, sort_keys=True).encode())
     elif isinstance(value, dict):
         for key in sorted(value):
             digest.update(key.encode())
@@ -162,7 +165,7 @@ class CachedDataset(Dataset):
     def __init__(self, dataset, cache, keys):
         self.dataset, self.stores, self.keys = dataset, cache.stores, keys
         self.cached = {cache.processor.argument_of(name): name for name in keys}
-        self.targets, self.groups = dataset.targets, dataset.groups
+        self.targets, self.groups, self.places = dataset.targets, dataset.groups, dataset.places
 
     def __len__(self):
         return len(self.dataset)

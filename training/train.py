@@ -30,7 +30,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         warm_up_folder: of finished stages of `warm_up` that several runs share; None keeps them with the run.
 
     Returns:
-        dict with `metrics` on the evaluation split, `majority`, `model`, `processor`, `minutes` (of this call alone, where it
+        dict with `metrics` on the evaluation split, `majority`, `baselines`, `model`, `processor`, `minutes` (of this call alone, where it
         `resumed` an earlier one), `parameters`.
 
     Raises:
@@ -76,10 +76,12 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         checkpoint,
         write,
     )
+    baselines = task.baselines(trainer.model, processor, datasets["training"], datasets["evaluation"])
     result = {
         "metrics": score(trainer, task, datasets["evaluation"], processor),
         "chosen_on": chosen_on if training["load_best_model_at_end"] else None,
         "majority": task.majority(train_dataset.targets, eval_dataset.targets),
+        "baselines": baselines,
         "parameters": total,
         "trainable_parameters": trainable,
         "minutes": (time.time() - started) / 60,

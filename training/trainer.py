@@ -135,10 +135,15 @@ class CrossModalTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         loss, _, _ = super().prediction_step(model, dict(inputs), True, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels", None)
+        labels, begun = inputs.pop("labels", None), 1
+        if "decoder_input_ids" in inputs:
+            # What is to be written stands there too.
+            prompts, mask = beginnings(inputs["decoder_input_ids"], labels, whole.config.decoder_config.pad_token_id)
+            inputs |= {"decoder_input_ids": prompts, "decoder_attention_mask": mask}
+            begun = prompts.shape[1]
         with torch.no_grad(), self.compute_loss_context_manager():
             words = whole.generate(**inputs)
-        return loss, words[:, 1:], labels
+        return loss, words[:, begun:], labels
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
@@ -195,6 +200,19 @@ class _GradientNorms(TrainerCallback):
                 norm = torch.linalg.vector_norm(parameter.grad.detach().float())
                 squares[modality] = squares.get(modality, 0.0) + (norm**2).item()
         self.norms.update({f"gradient_norm_{name}": round(value**0.5, 6) for name, value in squares.items()})
+
+
+def beginnings(words, labels, pad):
+    """What a text goes on from, where words (B,T) hold it and the text, and labels (B,T) are -100 where nothing is learnt of it.
+
+    Returns:
+        (B,P) padded on the left, and its mask (B,P).
+    """
+    lengths = (labels != -100).int().argmax(dim=1) + 1
+    longest = int(lengths.max())
+    places = torch.arange(longest, device=words.device) - (longest - lengths[:, None])
+    mask = places >= 0
+    return words.gather(1, places.clamp(min=0)).masked_fill(~mask, pad), mask.long()
 
 
 def component_of(parameter_name):
@@ -312,8 +330,7 @@ def score(trainer, task, dataset, processor):
     # With workers that persist, `evaluate` would take the loader of the dataset that it had before, whatever it is given.
     found = {key.removeprefix("test_"): value for key, value in trainer.predict(dataset).metrics.items()}
     whole = {"loss": found["loss"]}
-    if task.two_stages:
-        # The second stage compares rows of different batches.
+    if task.scores_whole:
         return whole | task.evaluate(
             trainer.accelerator.unwrap_model(trainer.model), processor, dataset, progress=False
         )
