@@ -23,7 +23,8 @@ from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel
 class FusedMemory(ModelOutput):
     """What a decoder reads, the `encoder_outputs` of generation.
 
-    last_hidden_state (B,S,D): fused tokens of all modalities, attention_mask (B,S) bool, modality_weights (B,M).
+    last_hidden_state (B,1+S,D): the pooled vector of all modalities, and their fused tokens; attention_mask (B,1+S) bool;
+    modality_weights (B,M).
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -137,10 +138,21 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
     def get_decoder(self):
         return self.decoder
 
+    def set_attn_implementation(self, attn_implementation, **kwargs):
+        """transformers' own; by name `decoder_config` for the decoder, which is no model of its own that it would find."""
+        super().set_attn_implementation(attn_implementation, **kwargs)
+        decoder, chosen = self.config.decoder_config, self.config._attn_implementation
+        if isinstance(attn_implementation, dict):
+            chosen = attn_implementation.get("decoder_config", decoder._attn_implementation)
+        decoder._attn_implementation = chosen
+
     def encode(self, modality_mask=None, task_ids=None, **inputs):
         """FusedMemory of the inputs of a `CrossModalModel`."""
         fused = self.crossmodal(**inputs, modality_mask=modality_mask, task_ids=task_ids, return_dict=True)
-        return FusedMemory(fused.last_hidden_state, fused.attention_mask, fused.modality_weights)
+        # The whole first, weighted by modality; then its parts.
+        memory = torch.cat([fused.pooler_output[:, None], fused.last_hidden_state], dim=1)
+        mask = nn.functional.pad(fused.attention_mask, (1, 0), value=True)
+        return FusedMemory(memory, mask, fused.modality_weights)
 
     @can_return_tuple
     def forward(
@@ -325,6 +337,11 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": 1,
         }
+
+    def _reorder_cache(self, past_key_values, beam_idx):
+        """Of beam search. All beams of a row read the same memory, whose keys and values stay as they are."""
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values
 
     @torch.no_grad()
     def rank_answers(self, candidates, top_k=128, batch_size=256, **inputs):

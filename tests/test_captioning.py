@@ -297,7 +297,8 @@ def written():
 
 def test_the_processor_makes_targets_and_prompts_padded_on_their_own_sides(written):
     _, processor = written
-    batch = processor(images=[picture("red")] * 2, text=["", "a red"], text_target=["a red picture", "a"])
+    images = [picture("red")] * 2
+    batch = processor(images=images, text=["", "a red"])
     bos, eos, pad = (
         processor.writer["bos_token_id"],
         processor.writer["eos_token_id"],
@@ -306,7 +307,11 @@ def test_the_processor_makes_targets_and_prompts_padded_on_their_own_sides(writt
     a, red, shown = processor.tokenizer.convert_tokens_to_ids(["a", "red", "picture"])
     assert batch["input_ids"].tolist() == [[pad, pad, bos], [bos, a, red]]
     assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    batch = processor(images=images, text_target=["a red picture", "a"])
     assert batch["labels"].tolist() == [[a, red, shown, eos], [a, eos, -100, -100]]
+    both = processor(images=images, text=["", "a red"], text_target=["a red", "picture"])
+    assert both["decoder_input_ids"].tolist() == [[bos, a, red, pad], [bos, a, red, shown]]
+    assert both["labels"].tolist() == [[a, red, eos, -100], [-100, -100, shown, eos]]
     with pytest.raises(ValueError, match="3 targets for 2 rows"):
         processor(images=[picture("red")] * 2, text_target=["a"] * 3)
     with pytest.raises(ValueError, match="no input was given"):
@@ -363,3 +368,29 @@ def test_words_are_streamed_as_they_are_written(written):
     streamer = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True)
     model.generate(**processor(images=picture("green")), max_new_tokens=6, streamer=streamer)
     assert "".join(streamer).strip() == "a green picture"
+
+
+def test_words_can_be_added_to_the_decoder():
+    model = model_of()
+    batch, words = zoo.tiny_batch(model.config), torch.tensor([[BOS, 7, 9]] * 4)
+    before = model(**batch, decoder_input_ids=words).logits
+    model.resize_token_embeddings(44)
+    assert model.config.decoder_config.vocab_size == 44 and model.lm_head.weight is model.embed_tokens.weight
+    after = model(**batch, decoder_input_ids=words.masked_fill(words == 9, 43)).logits
+    assert after.shape == (4, 3, 44)
+    torch.testing.assert_close(after[:, :2, :40], before[:, :2], **CLOSE)
+
+
+def test_every_parameter_learns():
+    """What had no gradient would stop training on several devices."""
+    model = model_of().train()
+    model(**zoo.tiny_batch(model.config), labels=labels_of()).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_attention_is_chosen_for_the_decoder_too():
+    model = model_of(attn_implementation="eager")
+    model.set_attn_implementation("sdpa")
+    assert model.config.decoder_config._attn_implementation == "sdpa"
+    model.set_attn_implementation({"decoder_config": "eager"})
+    assert model.config.decoder_config._attn_implementation == "eager" and model.config._attn_implementation == "sdpa"

@@ -387,6 +387,12 @@ def benchmark(
             "--retrieval", help="Ranking a pair, the nearest of many vectors, and the memory of the contrast."
         ),
     ] = False,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="Writing, beside BLIP and VisionEncoderDecoder of the same size.")
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="With --generation: also static caches, and compiled decoders.")
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(help="With --retrieval: rank by this model; --dataset and --split tell how well it does."),
@@ -424,6 +430,9 @@ def benchmark(
         )
         if as_json:
             _print_json(found)
+        return
+    if generation:
+        _benchmark_generation(size, rounds, compiled, as_json)
         return
     if retrieval:
         _benchmark_retrieval(model, dataset, split, size, rounds, as_json)
@@ -468,6 +477,25 @@ def benchmark(
         _note(f"{title}: " + ", ".join(f"{name} {part:.0%}" for name, part in shares[title].items()))
     if as_json:
         _print_json({"models": table, "grouping": [logits, gradients], "time": shares})
+
+
+def _benchmark_generation(size, rounds, compiled, as_json):
+    from . import benchmark_generation as bench
+
+    table = bench.compare(size, rounds, compiled=compiled, write=_note)
+    for mode, search, batch in dict.fromkeys((row["mode"], row["search"], row["batch"]) for row in table):
+        chosen = [row for row in table if (row["mode"], row["search"], row["batch"]) == (mode, search, batch)]
+        columns = ("words_per_second", "ours_over_this", "parameters")
+        _print_table(
+            f"{mode}, {search}, batch {batch}", {row["model"]: {key: row[key] for key in columns} for row in chosen}
+        )
+    for row in table:
+        if row["why"] and row["batch"] == 1:
+            _note(f"{row['model']} does not take a {row['mode']}: {row['why']}")
+    shares = bench.where_time_goes(size, rounds=rounds)
+    _note("greedy, batch 1: " + ", ".join(f"{name} {part:.0%}" for name, part in shares.items()) + " of the time")
+    if as_json:
+        _print_json({"models": table, "time": shares})
 
 
 def _benchmark_retrieval(model, dataset, split, size, rounds, as_json):
