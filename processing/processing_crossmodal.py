@@ -61,6 +61,7 @@ class CrossModalProcessor(ProcessorMixin):
 
     Args:
         image_processor, tokenizer, feature_extractor: any subset; a modality needs the one of its type.
+        decoder_tokenizer: of what is written, where it has other words than the text that is read.
         chat_template: for dialogue (Jinja, as everywhere in transformers); conversations are rendered with the one of
             chat_crossmodal.py if there is none.
         modalities: per modality, in the order of the model's `modality_names`, a dict with `name`, `type`, `values` and
@@ -84,17 +85,20 @@ class CrossModalProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         feature_extractor=None,
+        decoder_tokenizer=None,
         chat_template=None,
         modalities=None,
         writer=None,
     ):
         given = {"image_processor": image_processor, "tokenizer": tokenizer, "feature_extractor": feature_extractor}
+        given["decoder_tokenizer"] = decoder_tokenizer
         given = {name: value for name, value in given.items() if value is not None}
         # Sub-processors are found by the signature of `__init__`; only those that are there can be saved.
         self.get_attributes = partial(list, tuple(given))
         super().__init__(**given, chat_template=chat_template)
-        self.writer = writer
-        if writer and tokenizer is None:
+        # Folders tell by it that there is such a tokenizer to load.
+        self.writer = {**writer, "own_tokenizer": decoder_tokenizer is not None} if writer else None
+        if writer and tokenizer is None and decoder_tokenizer is None:
             raise ValueError("a model that writes text needs a tokenizer, which is None. Pass tokenizer=....")
         self.modalities = modalities or _default_modalities(given)
         for modality in self.modalities:
@@ -110,12 +114,15 @@ class CrossModalProcessor(ProcessorMixin):
         # A sub-processor that was None when saved must stay None: transformers would look for its files.
         types = {modality["type"] for modality in (processor_dict or {}).get("modalities") or ()}
         needed = {_SUB_PROCESSORS.get(kind) for kind in types}
-        needed |= {"tokenizer"} if (processor_dict or {}).get("writer") else set()
-        full = list(_LOADERS)
+        writer = (processor_dict or {}).get("writer") or {}
+        needed |= {"decoder_tokenizer" if writer.get("own_tokenizer") else "tokenizer"} if writer else set()
+        full = [*_LOADERS, "decoder_tokenizer"]
         present = [
             name
             for name in full
-            if name in (processor_dict or {}) or (name == "tokenizer" and (not types or name in needed))
+            if name in (processor_dict or {})
+            or (name == "tokenizer" and (not types or name in needed))
+            or (name == "decoder_tokenizer" and name in needed)
         ]
         narrowed = type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda c: present)})
         found = super(CrossModalProcessor, narrowed)._get_arguments_from_pretrained(
@@ -125,7 +132,15 @@ class CrossModalProcessor(ProcessorMixin):
         return [found.get(name) for name in full]
 
     @classmethod
-    def from_config(cls, config, image_processor=None, tokenizer=None, feature_extractor=None, options=None):
+    def from_config(
+        cls,
+        config,
+        image_processor=None,
+        tokenizer=None,
+        feature_extractor=None,
+        decoder_tokenizer=None,
+        options=None,
+    ):
         """The processor of a model's config.
 
         Args:
@@ -150,12 +165,15 @@ class CrossModalProcessor(ProcessorMixin):
         if decoder is not None:
             limit = decoder.max_position_embeddings if decoder.decoder_type == "transformer" else None
             writer = {"bos_token_id": decoder.bos_token_id, "eos_token_id": decoder.eos_token_id, "max_tokens": limit}
-            if tokenizer is not None and len(tokenizer) > decoder.vocab_size:
+            words = tokenizer if decoder_tokenizer is None else decoder_tokenizer
+            if words is not None and len(words) > decoder.vocab_size:
                 raise ValueError(
-                    f"the tokenizer has {len(tokenizer)} words and the decoder vocab_size={decoder.vocab_size}. Give the "
+                    f"the tokenizer has {len(words)} words and the decoder vocab_size={decoder.vocab_size}. Give the "
                     "tokenizer that the decoder writes with, or a decoder with as many words."
                 )
-        return cls(image_processor, tokenizer, feature_extractor, modalities=modalities, writer=writer)
+        return cls(
+            image_processor, tokenizer, feature_extractor, decoder_tokenizer, modalities=modalities, writer=writer
+        )
 
     @classmethod
     def from_encoders(cls, config, options=None, decoder=None, **named):
@@ -166,7 +184,7 @@ class CrossModalProcessor(ProcessorMixin):
             named: modality name to a Hub id, a folder, or a ready image processor, tokenizer or feature extractor. The
                 first modality of a type brings the sub-processor of that type.
             options: {modality: arguments of its sub-processor} where later ones differ.
-            decoder: Hub id, folder or tokenizer of what writes; a text modality and the decoder share a tokenizer.
+            decoder: Hub id, folder or tokenizer of what writes; where a text modality has the same words, both share it.
         """
         found = {}
         for name in config.modality_names:
@@ -179,18 +197,31 @@ class CrossModalProcessor(ProcessorMixin):
             )
         if decoder is not None:
             own = AutoTokenizer.from_pretrained(decoder) if isinstance(decoder, str | Path) else decoder
-            if "tokenizer" in found and found["tokenizer"].get_vocab() != own.get_vocab():
-                raise ValueError(
-                    "the text encoder and the decoder have different vocabularies, and a processor has one tokenizer. Choose "
-                    "a decoder that starts anew with the text encoder's vocabulary (TextDecoderConfig(vocab_size=...))."
-                )
-            found["tokenizer"] = own
+            other = "tokenizer" in found and found["tokenizer"].get_vocab() != own.get_vocab()
+            found["decoder_tokenizer" if other else "tokenizer"] = own
         return cls.from_config(config, **found, options=options)
 
     @property
     def modality_names(self):
         """Names of the modalities, in the order of the columns of `modality_mask`."""
         return [modality["name"] for modality in self.modalities]
+
+    @property
+    def writing_tokenizer(self):
+        """The tokenizer of what is written."""
+        return getattr(self, "decoder_tokenizer", None) or self.tokenizer
+
+    def batch_decode(self, *args, **kwargs):
+        """Texts of words that the model wrote, as the tokenizer's own."""
+        return self.writing_tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        """The text of words that the model wrote, as the tokenizer's own."""
+        return self.writing_tokenizer.decode(*args, **kwargs)
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
+        """What the stock pipeline asks for."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     @property
     def writes_on(self):
@@ -371,7 +402,8 @@ class CrossModalProcessor(ProcessorMixin):
             limit = limit and limit - 1 - min(limit // 4, 64)
         while limit is not None:
             text = render(messages, template, add_generation_prompt)
-            if len(self.tokenizer(text, add_special_tokens=not self.writes_on)["input_ids"]) <= limit:
+            read = self.writing_tokenizer if self.writes_on else self.tokenizer
+            if len(read(text, add_special_tokens=not self.writes_on)["input_ids"]) <= limit:
                 break
             shorter = without_oldest(messages)
             if shorter is None:
@@ -408,10 +440,10 @@ class CrossModalProcessor(ProcessorMixin):
 
     def _prompts(self, texts):
         """Beginnings of texts, padded on the left: `input_ids` and `attention_mask` (B,T)."""
-        words = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        words = self.writing_tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [torch.tensor([self.writer["bos_token_id"], *ids]) for ids in words]
         ids = torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0, padding_side="left"
+            rows, batch_first=True, padding_value=self.writing_tokenizer.pad_token_id or 0, padding_side="left"
         )
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
@@ -419,7 +451,8 @@ class CrossModalProcessor(ProcessorMixin):
 
     def _offsets_of_prompts(self, texts, length):
         """Where the words of `_prompts` lie in their texts, (0, 0) for those that are in none."""
-        offsets = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        read = self.writing_tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = read["offset_mapping"]
         return [[(0, 0)] * (length - len(own)) + list(own) for own in offsets]
 
     def _targets(self, texts, count, prompts=None):
@@ -431,7 +464,7 @@ class CrossModalProcessor(ProcessorMixin):
             raise ValueError(f"{len(texts)} targets for {count} rows. Give one for each.")
         end, limit = self.writer["eos_token_id"], self.writer["max_tokens"]
         end = end[0] if isinstance(end, list) else end
-        words = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        words = self.writing_tokenizer(texts, add_special_tokens=False)["input_ids"]
         if limit is not None and any(len(ids) >= limit for ids in words):
             logger.warning_once(
                 f"some targets are longer than the decoder's {limit} words, and are cut there. This is said once."
@@ -441,14 +474,14 @@ class CrossModalProcessor(ProcessorMixin):
         labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
         if prompts is None:
             return {"labels": labels}
-        begun = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        begun = self.writing_tokenizer(prompts, add_special_tokens=False)["input_ids"]
         for row, (before, own) in enumerate(zip(begun, words, strict=True)):
             if limit is not None and len(before) + len(own) + 1 > limit:
                 raise ValueError(
                     f"row {row}: a text of {len(before)} words to go on with and {len(own)} to write, and the decoder has "
                     f"{limit} positions. Shorten it, or take a decoder with more (max_position_embeddings)."
                 )
-        pad = self.tokenizer.pad_token_id or 0
+        pad = self.writing_tokenizer.pad_token_id or 0
         read = [
             torch.tensor([self.writer["bos_token_id"], *before, *own])
             for before, own in zip(begun, words, strict=True)

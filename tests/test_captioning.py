@@ -352,8 +352,8 @@ def test_a_processor_has_the_words_of_the_decoder(written):
     with pytest.raises(ValueError, match=r"tokenizer has \d+ words and the decoder vocab_size"):
         CrossModalProcessor.from_encoders(model.config, **named | {"decoder": more})
     both = zoo.tiny_config("vision", "text", decoder_config=model.config.decoder_config)
-    with pytest.raises(ValueError, match="different vocabularies"):
-        CrossModalProcessor.from_encoders(both, **named | {"text": more})
+    other = CrossModalProcessor.from_encoders(both, **named | {"text": more})
+    assert other.tokenizer is more and other.writing_tokenizer is processor.tokenizer
 
 
 def test_the_card_says_how_it_is_used(written, tmp_path):
@@ -394,3 +394,39 @@ def test_attention_is_chosen_for_the_decoder_too():
     assert model.config.decoder_config._attn_implementation == "sdpa"
     model.set_attn_implementation({"decoder_config": "eager"})
     assert model.config.decoder_config._attn_implementation == "eager" and model.config._attn_implementation == "sdpa"
+
+
+def test_the_decoder_may_have_other_words_than_the_text_that_is_read(tmp_path):
+    read = train_tokenizer(["what color is it"], 60)
+    said = train_tokenizer(["red blue green purple"], 90)
+    decoder = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(said), n_embd=16, n_layer=1, n_head=2, n_positions=16,
+            bos_token_id=said.cls_token_id, eos_token_id=said.sep_token_id,
+        )
+    )  # fmt: skip
+    text = zoo.tiny_config("text").text_config
+    text.vocab_size = len(read)
+    vision = zoo.tiny_config("vision").vision_config
+    model = CrossModalForCaptioning.from_encoders(
+        vision=vision, text=text, decoder=decoder, hidden_size=16, num_attention_heads=2
+    ).eval()
+    side = vision.image_size
+    named = {"vision": ViTImageProcessorPil(size={"height": side, "width": side}), "text": read, "decoder": said}
+    processor = CrossModalProcessor.from_encoders(model.config, **named)
+    assert processor.tokenizer is read and processor.writing_tokenizer is said
+    batch = processor(images=picture("red"), text="what color is it", text_target=["blue red"])
+    assert batch["input_ids"][0].tolist() == read("what color is it")["input_ids"]
+    assert processor.decode(batch["labels"][0], skip_special_tokens=True) == "blue red"
+    assert model(**batch).loss.isfinite()
+    export_folder(model, processor, tmp_path / "model")
+    picture("red").save(tmp_path / "red.png")
+    code = """
+from transformers import AutoProcessor, pipeline
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(len(processor.tokenizer), len(processor.decoder_tokenizer))
+pipe = pipeline("image-text-to-text", model=sys.argv[1], trust_remote_code=True)
+print(pipe(sys.argv[2], text="what color is it", max_new_tokens=4)[0]["generated_text"])
+"""
+    sizes, *_ = run_as_stranger(code, tmp_path / "model", tmp_path / "red.png", cwd=tmp_path).splitlines()
+    assert sizes == f"{len(read)} {len(said)}"

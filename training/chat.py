@@ -41,7 +41,7 @@ class Conversation:
         batch = self.processor.apply_chat_template(
             [*self.messages, asked], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(self.processor.writing_tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed = []
 
         def write():

@@ -292,7 +292,7 @@ class CaptioningTask(OpenTask):
         """Before training: how long texts become is what generation stops at by itself."""
         self.processor = processor
         longest = max(
-            map(len, processor.tokenizer([t["text"] for t in targets], add_special_tokens=False)["input_ids"])
+            map(len, processor.writing_tokenizer([t["text"] for t in targets], add_special_tokens=False)["input_ids"])
         )
         limit = processor.writer["max_tokens"]
         model.generation_config.max_new_tokens = min(longest + 1, limit - 1) if limit else longest + 1
@@ -303,7 +303,7 @@ class CaptioningTask(OpenTask):
 
     def decode(self, words):
         """Texts of generated words (N,T), -100 where batches of other lengths were put together."""
-        words = np.where(np.asarray(words) < 0, self.processor.tokenizer.pad_token_id or 0, words)
+        words = np.where(np.asarray(words) < 0, self.processor.writing_tokenizer.pad_token_id or 0, words)
         return [text.strip() for text in self.processor.batch_decode(words, skip_special_tokens=True)]
 
     def score_outputs(self, outputs, targets):
@@ -343,8 +343,8 @@ class CaptioningTask(OpenTask):
 
     def _as_written(self, text):
         """A reference as the tokenizer gives it back: lower case and without double spaces, say."""
-        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        ids = self.processor.writing_tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.processor.decode(ids, skip_special_tokens=True).strip()
 
     def majority(self, train_targets, targets):
         """Of the text that is most common in training, whatever is shown."""
