@@ -307,6 +307,7 @@ class CrossModalConfig(PreTrainedConfig):
         projection_dim: width of the embeddings of `CrossModalForRetrieval`.
         num_unimodal_layers: transformer layers of each modality by itself, of which its embedding is made and on which the
             cross-attention of retrieval stands.
+        pooled_shortcut: in retrieval, embeddings also see the mean of the encoder's own tokens.
         contrastive_loss: `"info_nce"`, `"sigmoid"` (SigLIP) or `"triplet"` (hardest negatives, with `triplet_margin`).
         contrastive_chunk_size: rows of a tile of similarities of `info_nce` (None: all at once).
         logit_scale_init_value: logarithm of the first 1 / temperature.
@@ -382,6 +383,7 @@ class CrossModalConfig(PreTrainedConfig):
     label_smoothing: float | int = 0.0
     projection_dim: int = 256
     num_unimodal_layers: int = 0
+    pooled_shortcut: bool = True
     contrastive_loss: str = "info_nce"
     contrastive_chunk_size: int | None = None
     triplet_margin: float | int = 0.2

@@ -32,7 +32,7 @@ from .contrastive_crossmodal import (
 from .encoders_crossmodal import EncodedModality
 from .heads_crossmodal import ClassificationHead
 from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel
-from .pooling_crossmodal import TokenPooling
+from .pooling_crossmodal import TokenPooling, masked_mean
 
 
 @dataclass
@@ -135,11 +135,32 @@ class LossWeights(nn.Module):
         return dict(zip(self.names, self.log_variances, strict=True))
 
 
+class PooledShortcut(nn.Module):
+    """Mean of an encoder's own tokens at each tapped depth, straight to the embedding: W [LN(mean X^1), LN(mean X^2), ...].
+
+    What a linear probe of the encoder finds needs no training of tokens to be found, and is not lost in their narrower width.
+    """
+
+    def __init__(self, config, name):
+        super().__init__()
+        sizes = config.level_sizes_of(name)
+        widths = [sizes[level] for level in config.levels_of(name)]
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for width in widths])
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.projection = nn.Linear(sum(widths), config.projection_dim, bias=False)
+
+    def forward(self, levels, mask):
+        """levels [(U,T,D_k)], mask (U,T) or None. Returns (U,E)."""
+        means = [norm(masked_mean(x.to(norm.weight.dtype), mask)) for norm, x in zip(self.norms, levels, strict=True)]
+        return self.projection(self.dropout(torch.cat(means, dim=-1)))
+
+
 class ModalityTower(nn.Module):
     """Projected tokens of one modality to tokens that know each other, and to one embedding."""
 
-    def __init__(self, config):
+    def __init__(self, config, name):
         super().__init__()
+        self.shortcut = PooledShortcut(config, name) if config.pooled_shortcut else None
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = nn.ModuleList([SelfAttentionBlock(config) for _ in range(config.num_unimodal_layers)])
         self.mlp = nn.ModuleList([FeedForwardBlock(config) for _ in range(config.num_unimodal_layers)])
@@ -148,13 +169,16 @@ class ModalityTower(nn.Module):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.projection = nn.Linear(config.hidden_size, config.projection_dim)
 
-    def forward(self, levels, mask):
-        """levels [(U,T,D)], mask (U,T) or None. Returns tokens (U,T,D) and embeddings (U,E) of length 1."""
+    def forward(self, levels, mask, raw):
+        """levels [(U,T,D)], mask (U,T) or None, raw [(U,T,D_k)] as the encoder gave them. Returns tokens (U,T,D) and embeddings (U,E)
+        of length 1."""
         tokens = self.norm(sum(levels))
         for attend, feed in zip(self.attention, self.mlp, strict=True):
             tokens = feed(attend(tokens, mask)[0])
         tokens = self.final_norm(tokens)
         embeddings = self.projection(self.dropout(self.pooling(tokens, mask)))
+        if self.shortcut is not None:
+            embeddings = embeddings + self.shortcut(raw, mask)
         return tokens, nn.functional.normalize(embeddings.float(), dim=-1)
 
 
@@ -222,7 +246,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         }
         self.crossmodal = CrossModalModel(config, encoders)
         self.main_input_name = self.crossmodal.main_input_name
-        self.towers = nn.ModuleDict({name: ModalityTower(config) for name in config.modality_names})
+        self.towers = nn.ModuleDict({name: ModalityTower(config, name) for name in config.modality_names})
         sigmoid = config.contrastive_loss == "sigmoid"
         self.logit_scale = Temperature(config.logit_scale_init_value, -10.0 if sigmoid else None)
         if config.matching == "classifier":
@@ -261,7 +285,11 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         found = {}
         for name, item in encoded.items():
             depths, tower = levels[name], self.towers[name]
-            tokens, embeddings = tower(_detached(depths) if self.config.detach_global else depths, item.mask)
+            raw = item.levels
+            if self.config.detach_global:
+                tokens, embeddings = tower(_detached(depths), item.mask, _detached(raw))
+            else:
+                tokens, embeddings = tower(depths, item.mask, raw)
             if self.config.num_unimodal_layers:
                 # The fusion stands on what the contrast has aligned (ALBEF, arXiv 2107.07651).
                 depths = [*depths[:-1], tokens]

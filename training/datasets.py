@@ -212,6 +212,12 @@ def _drawn_shape_dialogues(split, rows):
     return dialogues_dataset(rows, split)
 
 
+def _drawn_shape_turns(split, rows):
+    from .shapes import DIALOGUE_TURNS, dialogues_dataset
+
+    return dialogues_dataset(-(-rows // DIALOGUE_TURNS), split, apart=True)
+
+
 def _drawn_boxes(split, rows):
     from .boxes import boxes_dataset
 
@@ -229,6 +235,7 @@ DRAWN = {
     "drawn:shapes": _drawn_shapes,
     "drawn:simple_shapes": _drawn_simple_shapes,
     "drawn:shape_facts": _drawn_shape_facts,
+    "drawn:shape_turns": _drawn_shape_turns,
     "drawn:shape_dialogues": _drawn_shape_dialogues,
     "drawn:boxes": _drawn_boxes,
     "drawn:box_facts": _drawn_box_facts,

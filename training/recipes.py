@@ -45,7 +45,7 @@ class Recipe:
             `rows_per_image`, `learning_rates`, `freeze`, `training`. The next stage takes over every weight but answers
             it does not share; or, with `keep`, only those components (as in `learning_rates`), and others start afresh:
             a stage whose questions say little teaches fusion not to read them. Such a stage may train a model of its
-            own: `modalities` (some of those of the run) and `config` (over `model.config`).
+            own: `modalities` (some of those of the run) and `config` (over `model.config`), and may serve another `task`.
         early_stopping_patience: evaluations without progress before training stops; None never stops.
     """
 
@@ -76,6 +76,7 @@ class Recipe:
         "processor": ("image_size", "tokenizer", "vocab_size", "audio"),
     }
     _STAGE = (
+        "task",
         "dataset",
         "rows",
         "train_split",
@@ -125,7 +126,16 @@ class Recipe:
                 raise ValueError(f"warm_up: {key} is no key of a stage. Expected one of {nearest(key, self._STAGE)}.")
         if not stage.get("dataset"):
             raise ValueError("warm_up: a stage lacks its dataset. Add one, for example dataset: drawn:shapes.")
+        if stage.get("task", self.task) not in TASKS:
+            raise ValueError(
+                f"warm_up: task={stage['task']!r} is unknown. Expected one of {nearest(stage['task'], TASKS)}."
+            )
         own = [key for key in ("modalities", "config") if key in stage]
+        if stage.get("task", self.task) != self.task and not own:
+            raise ValueError(
+                f"warm_up: a stage of task {stage['task']!r} trains a model of its own. Say which, for example modalities: "
+                "[vision], and what the run takes over from it: keep: [vision]."
+            )
         if own and "keep" not in stage:
             raise ValueError(
                 f"warm_up: a stage with {own[0]} trains a model of its own. Say what the run takes over from it, for "

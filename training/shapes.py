@@ -390,9 +390,10 @@ def _about(scene: list[Thing], thing: int, about: str) -> str | None:
     return answers[offset > 0] if abs(offset) >= _OFF_CENTRE and other_side else None
 
 
-def sample_dialogue(scene: list[Thing], turns: int, rng: np.random.Generator) -> list[_Ask]:
+def sample_dialogue(scene: list[Thing], turns: int, rng: np.random.Generator, caption: bool = True) -> list[_Ask]:
     """A caption, and questions of kinds drawn evenly, as far as a scene allows them."""
     asked = [_Ask("caption", str(rng.choice(_DESCRIBE)), caption_of(scene))]
+    turns += not caption
     shapes = Counter(thing.shape for thing in scene)
     names = {}
     for number, thing in enumerate(scene):
@@ -413,11 +414,15 @@ def sample_dialogue(scene: list[Thing], turns: int, rng: np.random.Generator) ->
             truth = _yes_no(bool(rng.random() < 0.5))
             questions = [ask for ask in questions if ask.answer == truth] or questions
         asked.append(questions[rng.integers(len(questions))])
-    return asked
+    return asked if caption else asked[1:]
 
 
-def dialogues_dataset(num_images: int, split: str = "train", seed: int = 0, turns: int = DIALOGUE_TURNS) -> "Dataset":
+def dialogues_dataset(
+    num_images: int, split: str = "train", seed: int = 0, turns: int = DIALOGUE_TURNS, apart: bool = False
+) -> "Dataset":
     """Rows of image, image_id, `messages` (user and assistant in turn, the first asking for a caption) and `kinds` of the questions.
+
+    apart: each turn begins a dialogue of its own, and makes a row; nothing needs an earlier turn then.
 
     The things of a scene have different colors, and lie apart from the left to the right as far as it takes to tell which comes
     first.
@@ -426,17 +431,25 @@ def dialogues_dataset(num_images: int, split: str = "train", seed: int = 0, turn
     from datasets import Image as ImageFeature
 
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), 2)))
-    columns = {"image": [], "image_id": list(range(num_images)), "messages": [], "kinds": []}
-    while len(columns["image"]) < num_images:
+    columns = {"image": [], "image_id": [], "messages": [], "kinds": []}
+    drawn = 0
+    while drawn < num_images:
         scene = sample_scene(rng, different=True)
         places = sorted(thing.x for thing in scene)
         if any(right - left < _APART for left, right in zip(places, places[1:], strict=False)):
             continue
-        asks = sample_dialogue(scene, turns, rng)
-        said = [pair for ask in asks for pair in (("user", ask.question), ("assistant", ask.answer))]
-        columns["image"].append({"bytes": _png(draw_scene(scene, rng)), "path": None})
-        columns["messages"].append([{"role": role, "content": content} for role, content in said])
-        columns["kinds"].append([ask.kind for ask in asks])
+        if apart:
+            dialogues = [sample_dialogue(scene, 1, rng, caption=number == 0) for number in range(turns)]
+        else:
+            dialogues = [sample_dialogue(scene, turns, rng)]
+        image = {"bytes": _png(draw_scene(scene, rng)), "path": None}
+        for asks in dialogues:
+            said = [pair for ask in asks for pair in (("user", ask.question), ("assistant", ask.answer))]
+            columns["image"].append(image)
+            columns["image_id"].append(drawn)
+            columns["messages"].append([{"role": role, "content": content} for role, content in said])
+            columns["kinds"].append([ask.kind for ask in asks])
+        drawn += 1
     return Dataset.from_dict(columns).cast_column("image", ImageFeature())
 
 

@@ -25,19 +25,24 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
     """
     stages, datasets, tasks = [], [], []
     for own in recipe.warm_up:
-        keys = ("dataset", "train_split", "augment", "rows_per_image", "learning_rates")
+        keys = ("task", "dataset", "train_split", "augment", "rows_per_image", "learning_rates")
         # What suits the rows of the run itself (permuting their boxes, say) need not suit these.
         changes = {"augment": None, "rows_per_image": 1} | {key: own[key] for key in keys if key in own}
         stage = replace(recipe, warm_up=[], early_stopping_patience=None, **changes)
         stages.append(_of_its_own(stage, own) if "modalities" in own or "config" in own else stage)
         rows = load_rows(stage.dataset, stage.train_split, own.get("rows"))
         rows = some_of(rows, own.get("rows"), recipe.seed)
-        datasets.append(RowDataset(rows, recipe.task, stage.augment))
-        tasks.append(TASKS[recipe.task].from_targets(datasets[-1].targets))
+        datasets.append(RowDataset(rows, stage.task, stage.augment))
+        tasks.append(TASKS[stage.task].from_targets(datasets[-1].targets))
     read = [train_dataset, *datasets]
-    model, processor = build(recipe, tasks[0], read)
+
+    def task_from(number):
+        """Of the first stage from `number` on that trains the model of the run."""
+        return next((t for t, s in zip(tasks[number:], stages[number:], strict=True) if s.task == recipe.task), task)
+
+    model, processor = build(recipe, task_from(0), read)
     for number, (stage, own, dataset) in enumerate(zip(stages, recipe.warm_up, datasets, strict=True), 1):
-        task_now, task_next = tasks[number - 1], [*tasks, task][number]
+        task_now, task_next = tasks[number - 1], task_from(number)
         done = folder / f"stage-{number}-done"
         if shared is not None and number == 1 and stage.model is not recipe.model:
             done = Path(shared) / _hash_of(stage, own)
