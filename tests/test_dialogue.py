@@ -110,6 +110,19 @@ def test_an_answer_that_fails_leaves_the_conversation_as_it_was(talker):
     assert len(talk.messages) == 2 and talk.waiting == []
 
 
+def test_a_dialogue_may_begin_with_a_stage_of_another_task(tmp_path):
+    rows = dialogue_rows(12)
+    seeing = {"task": "vqa", "dataset": "drawn:shape_facts", "rows": 8, "modalities": ["vision"], "keep": ["vision"]}
+    seeing["config"] = {"fusion_type": "concat"}
+    turns_alone = {"dataset": "drawn:shape_turns", "rows": 12}
+    changed = recipe(tmp_path / "model", "vision", "text", warm_up=[seeing, turns_alone])
+    changed.training["num_train_epochs"] = 1
+    lines = []
+    result = train(changed, rows, rows, write=lines.append)
+    assert "labels" in lines[0] and "texts to write" in lines[1]
+    assert type(result["model"]).__name__ == "CrossModalForCaptioning" and "exact_match" in result["metrics"]
+
+
 def test_robustness_of_a_dialogue_is_measured(talker):
     _, result = talker
     table = robustness(result["model"], result["processor"], dialogue_rows(6), None, write=lambda line: None)
@@ -222,6 +235,14 @@ def test_turns_of_one_dialogue_are_samples():
     assert len(samples) == 6 and samples.places[:2] == [(0, 1), (0, 3)]
     assert [message["content"] for message in samples[1]["text"]] == ["what color is it?", "red", "again?"]
     assert samples[1]["target"] == {"text": "red", "references": ["red"]} and samples.groups == [0, 0, 1, 1, 2, 2]
+
+
+def test_drawn_turns_stand_for_themselves():
+    rows = dialogues_dataset(20, "train", apart=True)
+    assert len(rows) == 120 and all(len(row["messages"]) == 2 for row in rows)
+    assert rows["image_id"][:7] == [0] * 6 + [1] and {kind for row in rows for kind in row["kinds"]} <= {
+        "caption", "color", "shape", "side", "count", "exists",
+    }  # fmt: skip
 
 
 def test_drawn_dialogues_hold_what_they_say():

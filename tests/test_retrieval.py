@@ -32,6 +32,23 @@ def test_embeddings_are_of_length_one_and_depend_on_their_own_modality_alone():
     torch.testing.assert_close(output.logits_per_image, scale * output.image_embeds @ output.text_embeds.T, **CLOSE)
 
 
+def test_embeddings_are_of_the_tokens_and_of_the_means_of_the_encoder():
+    model = model_of()
+    batch = zoo.tiny_batch(model.config)
+    tower, encoded = model.towers["text"], model.crossmodal.encode(model.crossmodal._collect_inputs(batch))[0]["text"]
+    tokens = tower.final_norm(tower.norm(sum(model.crossmodal.project({"text": encoded})[0]["text"])))
+    expected = tower.projection(tower.pooling(tokens, encoded.mask))
+    for row in range(4):
+        real = encoded.mask[row]
+        means = [
+            norm(level[row, real].mean(0)) for norm, level in zip(tower.shortcut.norms, encoded.levels, strict=True)
+        ]
+        expected[row] += tower.shortcut.projection.weight @ torch.cat(means)
+    expected = expected / expected.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(model(**batch).text_embeds, expected, **CLOSE)
+    assert model_of(pooled_shortcut=False).towers["text"].shortcut is None
+
+
 def test_one_image_and_many_texts_are_compared_without_a_loss():
     model = model_of()
     batch = zoo.tiny_batch(model.config)

@@ -341,6 +341,8 @@ def test_a_stage_may_train_a_model_of_its_own_of_which_the_run_keeps_an_encoder(
         ({"freeze": ["visoin"]}, ["freeze", "visoin", "vision"]),
         ({"dataset": None}, ["dataset"]),
         ({"kepe": ["vision"]}, ["kepe", "keep"]),
+        ({"task": "capitoning"}, ["capitoning", "captioning"]),
+        ({"task": "captioning"}, ["trains a model of its own", "modalities: [vision]"]),
     ],
 )
 def test_a_stage_that_cannot_be_is_refused_with_what_is_expected(tmp_path, own, words):
