@@ -44,6 +44,7 @@ _PATIENCE = 100  # misses before places are drawn anew
 _MARGIN = 12.0  # least distance between two centres along the axis that a relation names
 _OFF_CENTRE = 6.0  # least distance of a centre from the middle of the image, where a side of it is asked for
 
+_TALKED_ABOUT = (0.2, 0.3, 0.3, 0.2)  # probability of 1, 2, ... things in a scene of a dialogue
 _APART = 6.0  # least distance along the x axis of things that a caption names in order
 
 # A caption and questions about it.
@@ -103,12 +104,13 @@ class Question(NamedTuple):
     answer: str
 
 
-def sample_scene(rng: np.random.Generator, different: bool = False) -> list[Thing]:
+def sample_scene(rng: np.random.Generator, different: bool = False, number: int | None = None) -> list[Thing]:
     """Draw one to four things, apart from each other; at most three share a shape or a color.
 
-    different: they share neither, as far as there are shapes.
+    different: they share neither, as far as there are shapes. number: of things; None draws it too, often one.
     """
-    number = 1 + rng.choice(len(_THINGS), p=_THINGS)
+    if number is None:
+        number = 1 + rng.choice(len(_THINGS), p=_THINGS)
     alike = _DIFFERENT if different else _ALIKE
     shapes = _sample_values(rng, SHAPES, number, alike)
     colors = _sample_values(rng, tuple(COLORS), number, alike)
@@ -434,10 +436,12 @@ def dialogues_dataset(
     columns = {"image": [], "image_id": [], "messages": [], "kinds": []}
     drawn = 0
     while drawn < num_images:
-        scene = sample_scene(rng, different=True)
-        places = sorted(thing.x for thing in scene)
-        if any(right - left < _APART for left, right in zip(places, places[1:], strict=False)):
-            continue
+        number = 1 + int(rng.choice(len(_TALKED_ABOUT), p=_TALKED_ABOUT))
+        while True:
+            scene = sample_scene(rng, different=True, number=number)
+            places = sorted(thing.x for thing in scene)
+            if all(right - left >= _APART for left, right in zip(places, places[1:], strict=False)):
+                break
         if apart:
             dialogues = [sample_dialogue(scene, 1, rng, caption=number == 0) for number in range(turns)]
         else:
