@@ -29,7 +29,7 @@ BOTTLENECKS = ("exchange", "resample")
 GATES = ("content", "static", "none", "closed")
 POOLINGS = ("attention", "mean", "first")
 CONTRASTIVE_LOSSES = ("info_nce", "sigmoid", "triplet")
-MATCHINGS = ("classifier", "cosine")
+MATCHINGS = ("classifier", "cosine", "ranking")
 ALIGNMENTS = ("recovery", "late_interaction")
 LOSS_WEIGHTINGS = ("fixed", "learned")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -312,7 +312,9 @@ class CrossModalConfig(PreTrainedConfig):
         contrastive_chunk_size: rows of a tile of similarities of `info_nce` (None: all at once).
         logit_scale_init_value: logarithm of the first 1 / temperature.
         matching: how cross-attention scores a pair: `"classifier"` (does it belong together) or `"cosine"` (of the fused
-            vectors of both, added to that of the embeddings with the weight `matching_alpha`, with triplets: MMCA).
+            vectors of both, added to that of the embeddings with the weight `matching_alpha`, with triplets: MMCA), or
+            `"ranking"` (what it adds to the similarity of the embeddings, learnt so that a pair comes before
+            `matching_negatives` others that look alike).
         alignment: how tokens of two rows are compared: `"recovery"` (each from what it sees in the other row: SCAN, GLoRIA) or
             `"late_interaction"` (each with its nearest: FILIP).
         contrastive_weight, matching_weight, alignment_weight, cross_weight: of the four losses of retrieval; 0 leaves one
@@ -390,6 +392,7 @@ class CrossModalConfig(PreTrainedConfig):
     logit_scale_init_value: float | int = 2.6592
     matching: str = "classifier"
     matching_alpha: float | int = 0.1
+    matching_negatives: int = 4
     alignment: str = "recovery"
     contrastive_weight: float | int = 1.0
     matching_weight: float | int = 1.0

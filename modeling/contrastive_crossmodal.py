@@ -127,6 +127,32 @@ def sample_negatives(scores, positive, generator=None):
         return torch.multinomial(weights + (~found)[:, None], 1, generator=generator).squeeze(1), found
 
 
+def draw_negatives(scores, positive, count, generator=None):
+    """`sample_negatives`, `count` of them without repetition (the largest of perturbed logarithms: Gumbel top-k, Kool et al. 2019,
+    arXiv 1903.06059).
+
+    Returns indices (N,C), C at most M, and which of them are negatives (N,C) bool: a row may have fewer.
+    """
+    with torch.no_grad():
+        weights = (scores.float().softmax(dim=1) + 1e-5).masked_fill(positive, 0.0)
+        noise = torch.empty_like(weights).exponential_(generator=generator)
+        drawn = (weights / noise).topk(min(count, weights.shape[1]), dim=1).indices
+        return drawn, weights.gather(1, drawn) > 0
+
+
+def ranking_loss(own, others, there):
+    """The own pair before all others that were drawn for it (localised contrast of rankers: Gao et al. 2021, arXiv 2101.08751).
+
+        L_i = - log( e^{s_i} / (e^{s_i} + sum_k e^{s_ik}) )
+
+    own s_i (N,), others s_ik (N,C), there (N,C) bool. Returns the mean over rows that have another.
+    """
+    every = torch.cat([own[:, None], others.masked_fill(~there, -torch.inf)], dim=1).float()
+    counted = there.any(dim=1)
+    losses = (every.logsumexp(dim=1) - every[:, 0]).masked_fill(~counted, 0.0)
+    return losses.sum() / counted.sum().clamp(min=1)
+
+
 def matching_loss(logits, matched):
     """Does the pair belong together: binary cross entropy, mean over pairs. logits (N,), matched (N,) bool."""
     if not len(logits):

@@ -17,6 +17,7 @@ from .contrastive_crossmodal import (
     combine_losses,
     contrast,
     cross_attention_penalty,
+    draw_negatives,
     gather,
     hardest_triplets,
     info_nce,
@@ -25,6 +26,7 @@ from .contrastive_crossmodal import (
     matching_loss,
     mean_over_ranks,
     positives_of,
+    ranking_loss,
     recovered_tokens,
     sample_negatives,
     sigmoid_contrast,
@@ -249,7 +251,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         self.towers = nn.ModuleDict({name: ModalityTower(config, name) for name in config.modality_names})
         sigmoid = config.contrastive_loss == "sigmoid"
         self.logit_scale = Temperature(config.logit_scale_init_value, -10.0 if sigmoid else None)
-        if config.matching == "classifier":
+        if config.matching != "cosine":
             self.matching = ClassificationHead(config, num_outputs=1)
         else:
             self.matching = nn.ModuleDict(
@@ -326,7 +328,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         _, embeddings, weights, _, fused, attentions = base.fuse(
             levels, masks, presence, shared, output_attentions, return_tokens=False
         )
-        if self.config.matching == "classifier":
+        if self.config.matching != "cosine":
             return self.matching(fused).squeeze(-1), weights, attentions
         # S = i0 . c0 + alpha i1 . c1 (MMCA, Wei et al. CVPR 2020).
         projected = {
@@ -346,7 +348,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         if not self.config.matching_weight:
             return self._scaled(self.similarity(features))
         scores, _, _ = self.match(features, presence)
-        if self.config.matching == "classifier" and self.config.contrastive_weight:
+        if self.config.matching != "cosine" and self.config.contrastive_weight:
             scores = scores + self._scaled(self.similarity(features))
         return scores
 
@@ -521,7 +523,13 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         for swapped in features:
             have = presence[:, column(swapped)]
             alike = sum(embeds[other].detach() @ embeds[swapped].detach().T for other in features if other != swapped)
-            drawn, found = self._negatives(self.logit_scale().detach() * alike, positive | ~have)
+            alike, wrong = self.logit_scale().detach() * alike, positive | ~have
+            if self.config.matching == "ranking":
+                drawn, found = draw_negatives(alike, wrong, self.config.matching_negatives)
+                rows, place = (found & (have & several)[:, None]).nonzero(as_tuple=True)
+                blocks.append((rows, {swapped: drawn[rows, place]}))
+                continue
+            drawn, found = self._negatives(alike, wrong)
             rows = (found & have & several).nonzero().squeeze(1)
             blocks.append((rows, {swapped: drawn[rows]}))
         there = presence[torch.cat([rows for rows, _ in blocks])]
@@ -535,11 +543,19 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             for name, item in features.items()
         }
         logits, weights, _ = self.match(pairs, there)
+        if self.config.matching == "ranking" and self.config.contrastive_weight:
+            # What the embeddings know already is not learnt again, as it is there when candidates are ranked.
+            logits = logits + self._scaled(self.similarity(pairs)).detach()
         own, *others = logits.split([len(rows) for rows, _ in blocks])
         if self.config.matching == "classifier":
             matched = torch.arange(len(logits), device=logits.device) < len(own)
             return matching_loss(logits, matched), weights[: len(own)]
         own = torch.zeros(len(presence), device=own.device, dtype=own.dtype).index_copy(0, blocks[0][0], own)
+        if self.config.matching == "ranking":
+            losses = [
+                _listed(own, rows, worse) for (rows, _), worse in zip(blocks[1:], others, strict=True) if len(rows)
+            ]
+            return self._mean(losses, own), weights[: len(blocks[0][0])]
         losses = [
             self.config.triplet_margin - own[rows] + worse for (rows, _), worse in zip(blocks[1:], others, strict=True)
         ]
@@ -578,6 +594,16 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         there, shown = cross_attention_penalty(one, other, one_mask, other_mask)
         back, shown_back = cross_attention_penalty(other, one, other_mask, one_mask)
         return there + back, {key: (value + shown_back[key]) / 2 for key, value in shown.items()}
+
+
+def _listed(own, rows, worse):
+    """`ranking_loss` of scores own (B,) against worse (P,), of `rows` (P,) in order."""
+    place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+    shape = (len(own), int(place.max()) + 1)
+    others, there = own.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=own.device)
+    others = others.index_put((rows, place), worse)
+    there[rows, place] = True
+    return ranking_loss(own, others, there)
 
 
 def _mean_cosine(vectors):

@@ -94,6 +94,30 @@ def test_negatives_are_drawn_by_how_alike_they_are_and_never_among_positives():
     assert not found.any()
 
 
+def test_several_negatives_are_drawn_once_each_and_never_among_positives():
+    scores = torch.tensor([[9.0, 2.0, 1.0, 0.0]]).repeat(3000, 1)
+    positive = torch.tensor([[True, False, False, False]]).repeat(3000, 1)
+    drawn, found = C.draw_negatives(scores, positive, 2, torch.Generator().manual_seed(0))
+    assert drawn.shape == (3000, 2) and found.all() and (drawn > 0).all() and (drawn[:, 0] != drawn[:, 1]).all()
+    weights = scores[0].softmax(0)[1:] + 1e-5
+    weights = weights / weights.sum()
+    firsts = torch.bincount(drawn[:, 0], minlength=4)[1:] / 3000
+    torch.testing.assert_close(firsts, weights, rtol=0, atol=0.03)
+    drawn, found = C.draw_negatives(scores[:1], positive[:1], 9)
+    assert drawn.shape == (1, 4) and found.sum() == 3
+
+
+def test_the_ranking_loss_is_its_equation():
+    own, others = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([[0.2, 3.0], [0.1, 9.0], [5.0, 5.0]])
+    there = torch.tensor([[True, True], [True, False], [False, False]])
+    one = math.log(math.e + math.exp(0.2) + math.exp(3.0)) - 1.0
+    two = math.log(math.exp(0.5) + math.exp(0.1)) - 0.5
+    found = C.ranking_loss(own, others.requires_grad_(), there)
+    assert abs(found.item() - (one + two) / 2) < 1e-5
+    found.backward()
+    assert others.grad[2].abs().sum() == 0 and others.grad[1, 1] == 0 and others.grad.isfinite().all()
+
+
 def test_recovered_tokens_are_their_equation():
     query, tokens, key, value = (
         unit(*shape, seed=k) for k, shape in enumerate([(2, 3, 8), (2, 3, 8), (4, 5, 8), (4, 5, 8)])

@@ -77,7 +77,7 @@ def test_ranking_pairs_from_features_equals_the_pairs_themselves(fusion_type, qu
 
 
 @pytest.mark.parametrize("contrastive_loss", ["info_nce", "sigmoid", "triplet"])
-@pytest.mark.parametrize("matching", ["classifier", "cosine"])
+@pytest.mark.parametrize("matching", ["classifier", "cosine", "ranking"])
 @pytest.mark.parametrize("loss_weighting, alignment", [("fixed", "late_interaction"), ("learned", "recovery")])
 def test_every_loss_is_there_and_reaches_every_parameter(contrastive_loss, matching, loss_weighting, alignment):
     options = {"contrastive_loss": contrastive_loss, "matching": matching, "loss_weighting": loss_weighting}
