@@ -595,7 +595,9 @@ class CrossModalConfig(PreTrainedConfig):
             raise ValueError(f"problem_type={self.problem_type!r} is unknown. Expected one of {PROBLEM_TYPES}.")
         _validate_kernel(self)
         self._validate_axes()
-        for key in ("hidden_size", "num_attention_heads", "num_fusion_layers", "intermediate_size"):
+        for key in (
+            "hidden_size", "num_attention_heads", "num_fusion_layers", "intermediate_size", "matching_negatives",
+        ):  # fmt: skip
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}. Expected at least 1.")
         if self.hidden_size % self.num_attention_heads:

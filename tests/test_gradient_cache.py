@@ -44,8 +44,9 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("rows_at_once", [1, 2, 4, 6])
 @pytest.mark.parametrize("layers", [0, 1])
 @pytest.mark.parametrize("kind", ["whole", "absent", "shared"])
-def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(rows_at_once, layers, kind):
-    model = model_of(**ALL_LOSSES, num_unimodal_layers=layers, fusion_queries=["text"])
+@pytest.mark.parametrize("matching", ["classifier", "ranking"])
+def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(rows_at_once, layers, kind, matching):
+    model = model_of(**ALL_LOSSES, num_unimodal_layers=layers, fusion_queries=["text"], matching=matching)
     batch = batch_of(model.config, kind == "shared")
     if kind == "absent":
         batch["modality_mask"] = PRESENCE
