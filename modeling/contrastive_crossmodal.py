@@ -115,23 +115,13 @@ def hardest_triplets(scores, positive, margin):
     return losses.masked_fill(~has_negative, 0.0).sum(), has_negative.sum()
 
 
-def sample_negatives(scores, positive, generator=None):
-    """One negative per row, hard ones more often: drawn in proportion to softmax(scores) (ALBEF, Li et al. 2021,
-    arXiv 2107.07651; the small constant after X-VLM, arXiv 2111.08276).
+def draw_negatives(scores, positive, count=1, generator=None):
+    """Negatives of each row, hard ones more often: drawn in proportion to softmax(scores) (ALBEF, Li et al. 2021,
+    arXiv 2107.07651; the small constant after X-VLM, arXiv 2111.08276), several without repetition (the largest of weights over
+    exponential noise: Gumbel top-k, Kool et al. 2019, arXiv 1903.06059).
 
-    scores (N,M), positive (N,M) bool. Returns indices (N,) long, and which rows have a negative at all (N,) bool.
-    """
-    with torch.no_grad():
-        weights = (scores.float().softmax(dim=1) + 1e-5).masked_fill(positive, 0.0)
-        found = weights.sum(dim=1) > 0
-        return torch.multinomial(weights + (~found)[:, None], 1, generator=generator).squeeze(1), found
-
-
-def draw_negatives(scores, positive, count, generator=None):
-    """`sample_negatives`, `count` of them without repetition (the largest of perturbed logarithms: Gumbel top-k, Kool et al. 2019,
-    arXiv 1903.06059).
-
-    Returns indices (N,C), C at most M, and which of them are negatives (N,C) bool: a row may have fewer.
+    scores (N,M), positive (N,M) bool. Returns indices (N,C), C = count or at most M, and which of them are negatives (N,C) bool: a
+    row may have fewer, or none.
     """
     with torch.no_grad():
         weights = (scores.float().softmax(dim=1) + 1e-5).masked_fill(positive, 0.0)

@@ -28,7 +28,6 @@ from .contrastive_crossmodal import (
     positives_of,
     ranking_loss,
     recovered_tokens,
-    sample_negatives,
     sigmoid_contrast,
 )
 from .encoders_crossmodal import EncodedModality
@@ -524,14 +523,9 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             have = presence[:, column(swapped)]
             alike = sum(embeds[other].detach() @ embeds[swapped].detach().T for other in features if other != swapped)
             alike, wrong = self.logit_scale().detach() * alike, positive | ~have
-            if self.config.matching == "ranking":
-                drawn, found = draw_negatives(alike, wrong, self.config.matching_negatives)
-                rows, place = (found & (have & several)[:, None]).nonzero(as_tuple=True)
-                blocks.append((rows, {swapped: drawn[rows, place]}))
-                continue
             drawn, found = self._negatives(alike, wrong)
-            rows = (found & have & several).nonzero().squeeze(1)
-            blocks.append((rows, {swapped: drawn[rows]}))
+            rows, place = (found & (have & several)[:, None]).nonzero(as_tuple=True)
+            blocks.append((rows, {swapped: drawn[rows, place]}))
         there = presence[torch.cat([rows for rows, _ in blocks])]
         if not len(there):
             return self._mean([], next(iter(embeds.values()))), None
@@ -563,10 +557,11 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         return losses.sum() / max(1, len(losses)), weights[: len(blocks[0][0])]
 
     def _negatives(self, alike, wrong):
-        """For each row a row that is not its own: the hardest for triplets, else drawn by how alike they are."""
+        """For each row others that are not its own (B,C), and which of them there are (B,C): the hardest for triplets, else drawn by how
+        alike they are."""
         if self.config.matching == "cosine":
-            return alike.masked_fill(wrong, -torch.inf).argmax(dim=1), ~wrong.all(dim=1)
-        return sample_negatives(alike, wrong)
+            return alike.masked_fill(wrong, -torch.inf).argmax(dim=1, keepdim=True), ~wrong.all(dim=1, keepdim=True)
+        return draw_negatives(alike, wrong, self.config.matching_negatives if self.config.matching == "ranking" else 1)
 
     def _tokens_of(self, features, pair, presence):
         """Rows (P,) that have both modalities of a pair, and {modality: tokens (P,T,D), mask (P,T) or None} of those."""

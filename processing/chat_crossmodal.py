@@ -46,12 +46,6 @@ def check_conversation(messages):
         )
 
 
-def images_of(messages):
-    """Everything of type image in a conversation, in order."""
-    parts = [part for message in messages for part in _parts(message) if part.get("type") == "image"]
-    return [part[key] for part in parts for key in ("image", "url", "path", "base64") if key in part]
-
-
 def render(messages, template=None, add_generation_prompt=True, **options):
     """The text of a conversation."""
     texts, _ = render_jinja_template(
@@ -73,7 +67,8 @@ def without_oldest(messages):
     if not later:
         return None
     first = messages[later[0]]
-    images = [part for message in messages[lead : later[0]] for part in _parts(message) if part.get("type") == "image"]
+    left_out = [part for message in messages[lead : later[0]] for part in _parts(message)]
+    images = [part for part in left_out if part.get("type") in ("image", "image_url")]
     if images:
         content = first["content"]
         own = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)

@@ -211,6 +211,11 @@ class CrossModalProcessor(ProcessorMixin):
         """The tokenizer of what is written."""
         return getattr(self, "decoder_tokenizer", None) or self.tokenizer
 
+    def written(self, words, batch):
+        """Texts that `generate` wrote: words (B,T) as it gave them for a batch of this processor, without what they go on from."""
+        begun = batch["input_ids"].shape[1] if self.writes_on and "input_ids" in batch else 1
+        return [text.strip() for text in self.batch_decode(words[:, begun:], skip_special_tokens=True)]
+
     def batch_decode(self, *args, **kwargs):
         """Texts of words that the model wrote, as the tokenizer's own."""
         return self.writing_tokenizer.batch_decode(*args, **kwargs)
@@ -315,10 +320,10 @@ class CrossModalProcessor(ProcessorMixin):
                     made = _pad_tokens(modality["name"], items, shown)
                 elif modality["type"] == "audio":
                     made = self._process_audio_rows(modality, items, shown, sampling_rate)
+                elif modality["type"] == "text":
+                    made, offsets = self._process_text_rows(modality, items, shown, return_offsets_mapping)
                 else:
                     made = getattr(self, f"_process_{modality['type']}_rows")(modality, items, shown)
-                    if return_offsets_mapping and modality["type"] == "text":
-                        offsets = self.tokenizer(items, padding=True, return_offsets_mapping=True)["offset_mapping"]
                 if index is None or len(shown) == len(rows):
                     made = {key: _spread(values, rows, count) for key, values in made.items()}
                 else:
@@ -380,9 +385,7 @@ class CrossModalProcessor(ProcessorMixin):
         """
         several = len(conversation) > 0 and not isinstance(conversation[0], dict)
         chats = [getattr(chat, "messages", chat) for chat in (conversation if several else [conversation])]
-        template = chat_template or self.chat_template or CHAT_TEMPLATE
-        if isinstance(template, dict) or (isinstance(self.chat_template, dict) and template in self.chat_template):
-            template = self._resolve_chat_template(chat_template)
+        template = self._template(chat_template)
         fitting = [self._fitting(chat, template, add_generation_prompt) for chat in chats]
         return super().apply_chat_template(
             fitting if several else fitting[0],
@@ -391,18 +394,24 @@ class CrossModalProcessor(ProcessorMixin):
             **kwargs,
         )
 
+    def _template(self, chosen=None):
+        """A chat template by name or text, the processor's own, or `CHAT_TEMPLATE`."""
+        return CHAT_TEMPLATE if chosen is None and self.chat_template is None else self._resolve_chat_template(chosen)
+
     def _fitting(self, messages, template, add_generation_prompt):
         """A conversation without as many of its oldest turns as are too many for the model."""
         check_conversation(messages)
-        if not self.writes_on:
-            limit = next(self._limit_of(modality) for modality in self.modalities if modality["type"] == "text")
-        else:
+        if self.writes_on:
+            read, limit = self.writing_tokenizer, self.writer["max_tokens"]
             # Room for what is to be written, and the beginning.
-            limit = self.writer and self.writer["max_tokens"]
             limit = limit and limit - 1 - min(limit // 4, 64)
+        else:
+            texts = [modality for modality in self.modalities if modality["type"] == "text"]
+            if not texts:
+                raise ValueError(f"this processor reads no text: its modalities are {self.modality_names}.")
+            read, limit = self.tokenizer, self._limit_of(texts[0])
         while limit is not None:
             text = render(messages, template, add_generation_prompt)
-            read = self.writing_tokenizer if self.writes_on else self.tokenizer
             if len(read(text, add_special_tokens=not self.writes_on)["input_ids"]) <= limit:
                 break
             shorter = without_oldest(messages)
@@ -417,8 +426,7 @@ class CrossModalProcessor(ProcessorMixin):
     def _as_text(self, text):
         """Conversations among texts, rendered; whether an answer is to follow is told by who speaks last."""
         if is_conversation(text):
-            template = self.chat_template if isinstance(self.chat_template, str) else CHAT_TEMPLATE
-            asked = text[-1].get("role") == "user"
+            template, asked = self._template(), text[-1].get("role") == "user"
             return render(self._fitting(text, template, asked), template, asked)
         if isinstance(text, list | tuple):
             return [self._as_text(item) if is_conversation(item) else item for item in text]
@@ -492,7 +500,7 @@ class CrossModalProcessor(ProcessorMixin):
             "decoder_input_ids": torch.nn.utils.rnn.pad_sequence(read, batch_first=True, padding_value=pad),
         }
 
-    def _process_text_rows(self, modality, items, rows):
+    def _process_text_rows(self, modality, items, rows, return_offsets_mapping=False):
         for row, item in zip(rows, items, strict=True):
             if not isinstance(item, str) or not item.strip():
                 raise ValueError(
@@ -506,6 +514,7 @@ class CrossModalProcessor(ProcessorMixin):
             truncation=limit is not None,
             max_length=limit,
             return_tensors="pt",
+            return_offsets_mapping=return_offsets_mapping,
             **modality.get("options", {}),
         )
         if limit is not None and encoded["input_ids"].shape[1] >= limit:
@@ -513,7 +522,8 @@ class CrossModalProcessor(ProcessorMixin):
                 logger.warning_once(
                     f"some {modality['name']!r} is longer than the limit of {limit} tokens, and is cut there. This is said once."
                 )
-        return {modality["values"]: encoded["input_ids"], modality["mask"]: encoded["attention_mask"]}
+        offsets = encoded["offset_mapping"].tolist() if return_offsets_mapping else None
+        return {modality["values"]: encoded["input_ids"], modality["mask"]: encoded["attention_mask"]}, offsets
 
     def _limit_of(self, modality):
         """The most tokens of a text modality, or None."""

@@ -82,15 +82,15 @@ def test_hardest_triplets_never_take_a_positive_for_a_negative():
 def test_negatives_are_drawn_by_how_alike_they_are_and_never_among_positives():
     scores = torch.tensor([[9.0, 2.0, 1.0, 0.0]]).repeat(4000, 1)
     positive = torch.tensor([[True, False, False, False]]).repeat(4000, 1)
-    drawn, found = C.sample_negatives(scores, positive, torch.Generator().manual_seed(0))
-    parts = torch.bincount(drawn, minlength=4) / 4000
+    drawn, found = C.draw_negatives(scores, positive, generator=torch.Generator().manual_seed(0))
+    parts = torch.bincount(drawn[:, 0], minlength=4) / 4000
     expected = torch.softmax(torch.tensor([2.0, 1.0, 0.0]), 0)
     assert found.all() and parts[0] == 0
     # The small constant shifts weights of e^-7: compare in the large.
     weights = scores[0].softmax(0)[1:] + 1e-5
     torch.testing.assert_close(parts[1:], weights / weights.sum(), rtol=0, atol=0.03)
     assert (parts[1:] - expected).abs().max() < 0.05
-    _, found = C.sample_negatives(scores[:1], torch.ones(1, 4, dtype=torch.bool))
+    _, found = C.draw_negatives(scores[:1], torch.ones(1, 4, dtype=torch.bool))
     assert not found.any()
 
 

@@ -115,7 +115,9 @@ def test_matching_tells_rows_from_the_same_rows_with_another_image_or_text(monke
     batch = zoo.tiny_batch(model.config)
     wanted = iter([torch.tensor([1, 0, 3, 2]), torch.tensor([2, 3, 0, 1])])
     monkeypatch.setattr(
-        module, "sample_negatives", lambda scores, positive: (next(wanted), torch.ones(4, dtype=torch.bool))
+        module,
+        "draw_negatives",
+        lambda scores, positive, count: (next(wanted)[:, None], torch.ones(4, count, dtype=torch.bool)),
     )
     output = model(**batch)
     own, images, texts = torch.arange(4), torch.tensor([1, 0, 3, 2]), torch.tensor([2, 3, 0, 1])

@@ -126,6 +126,8 @@ def _first_of(*values):
 
 def _tokenizer(recipe, sources, datasets):
     source = recipe.processor.get("tokenizer") or sources.get("text")
+    if source is None and isinstance(recipe.model.get("decoder"), str):
+        source = recipe.model["decoder"]
     if source == "train":
         return train_tokenizer(_texts(datasets), recipe.processor.get("vocab_size", 2000))
     return AutoTokenizer.from_pretrained(source) if source else None
@@ -142,8 +144,8 @@ def _processor(recipe, config, sources, tokenizer):
     writing, decoder = None, recipe.model.get("decoder")
     if isinstance(decoder, str):
         writing = AutoTokenizer.from_pretrained(decoder)
-        if tokenizer is None or tokenizer.get_vocab() == writing.get_vocab():
-            tokenizer, writing = writing, None
+        if tokenizer.get_vocab() == writing.get_vocab():
+            writing = None
     return CrossModalProcessor.from_config(
         config,
         image_processor=image_processor,

@@ -70,6 +70,4 @@ def written_about(model, processor, image=None, text=None, **options):
         text = [{"role": "user", "content": text}]
     inputs = {"images": image, "text": text}
     batch = processor(**{key: value for key, value in inputs.items() if value is not None}).to(model.device)
-    words = model.eval().generate(**batch, **options)
-    begun = batch["input_ids"].shape[1] if processor.writes_on and "input_ids" in batch else 1
-    return processor.batch_decode(words[:, begun:], skip_special_tokens=True)[0].strip()
+    return processor.written(model.eval().generate(**batch, **options), batch)[0]

@@ -80,6 +80,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Retrieval: mean over folds of so many (1000: COCO 1K).")
     ] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, help="Writing: beams of the search (default 1).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many rows.")] = None,
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Dialogue: show the model the last question alone.")
     ] = False,
@@ -87,12 +88,12 @@ def evaluate(
 ):
     """Score a model on a split of a dataset."""
     _quiet()
-    from .datasets import load_rows
+    from .datasets import load_rows, some_of
     from .evaluate import evaluate as run
     from .evaluate import task_of
 
     loaded, processor = _load(model)
-    rows = load_rows(dataset, split)
+    rows = some_of(load_rows(dataset, split, limit), limit, seed=0)
     options = {"rerank": rerank, "full": full or None, "fold_size": fold_size, "num_beams": num_beams}
     options |= {"history": False} if no_history else {}
     options = {name: value for name, value in options.items() if value is not None}

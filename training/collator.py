@@ -8,8 +8,8 @@ class SampleCollator:
 
     Args:
         processor: CrossModalProcessor.
-        encode_targets: targets of a batch to the `labels` tensor; None leaves the labels out. Of models that write, the
-            processor makes the labels of the texts of the targets.
+        encode_targets: targets of a batch to the `labels` tensor, or to texts of which the processor makes it; None leaves the labels
+            out.
         deduplicate: encode an image that several rows of a batch share once.
         row_ids: also say which rows of the dataset a batch holds, as `row_ids (B,)`. A model does not take them: see
             `CrossModalTrainer`.
@@ -32,15 +32,18 @@ class SampleCollator:
                 inputs[f"{name}_tokens"] = [shared[sample[f"{name}_key"]] for sample in samples]
             else:
                 inputs[key] = [sample.get(key) for sample in samples]
-        # Labels first: Trainer takes the length of the first tensor for the size of the batch.
-        labels = {}
-        if self.encode_targets is not None:
-            labels = {"labels": self.encode_targets([sample["target"] for sample in samples])}
         if self.processor.writes_on and all("text" in sample for sample in samples):
             inputs["text"] = [sample["text"] for sample in samples]
-            if self.encode_targets is not None:
-                # What is gone on with and what is written lie in one row of words.
-                inputs["text_target"] = [sample["target"]["text"] for sample in samples]
+        labels = {}
+        if self.encode_targets is not None:
+            targets = self.encode_targets([sample["target"] for sample in samples])
+            if torch.is_tensor(targets):
+                labels["labels"] = targets
+            else:
+                inputs["text_target"] = targets
         if self.row_ids and all("row" in sample for sample in samples):
             labels["row_ids"] = torch.tensor([sample["row"] for sample in samples])
-        return labels | dict(self.processor(**inputs, deduplicate=self.deduplicate))
+        batch = dict(self.processor(**inputs, deduplicate=self.deduplicate))
+        # Labels first: Trainer takes the length of the first tensor for the size of the batch.
+        first = {"labels": batch.pop("labels")} if "labels" in batch else {}
+        return first | labels | batch

@@ -103,7 +103,7 @@ def _turns(messages):
 
 
 def _said(row):
-    """Target of a turn of a dialogue. Whoever says it is `role` of the column `messages`."""
+    """Target of a turn of a dialogue: what is said in it."""
     content = row["messages"]["content"]
     if not isinstance(content, str):
         content = " ".join(part["text"] for part in content if part.get("type") == "text")

@@ -26,16 +26,31 @@ def predict_logits(model, processor, samples, batch_size=128, progress=True):
     return torch.cat(logits)
 
 
-class VQATask:
+class Task:
+    """What all tasks share, until they say otherwise."""
+
+    # Whether rows are compared with one another, or answered in turn, which Trainer's own loop does not.
+    scores_whole = False
+    # Whether the model writes text.
+    writes = False
+    # What `evaluate` takes beyond what all tasks take.
+    evaluate_options = ()
+
+    @staticmethod
+    def table(name, metrics):
+        """Rows of a table {name: {column: number}} that shows the metrics of a model."""
+        return {name: metrics}
+
+    def baselines(self, model, processor, training, evaluation, progress=True):
+        """{name: metrics} of what needs no training, on the same rows."""
+        return {}
+
+
+class VQATask(Task):
     """Answers from a vocabulary. Targets are one answer, the answers of all annotators, or the score of each answer."""
 
     model_class = "CrossModalForVQA"
     majority_name = "most common answer"
-    # Whether rows are compared with one another, or answered in turn, which Trainer's own loop does not.
-    scores_whole = False
-    writes = False
-    # What `evaluate` takes beyond what all tasks take.
-    evaluate_options = ()
     # What makes per cent of a metric.
     percent = 100
     metrics = ("accuracy", "vqa_accuracy")
@@ -106,11 +121,6 @@ class VQATask:
         """What there is to learn, for a line of report."""
         return f"{len(self.id2label)} labels"
 
-    @staticmethod
-    def table(name, metrics):
-        """Rows of a table {name: {column: number}} that shows the metrics of a model."""
-        return {name: metrics}
-
     def score_outputs(self, outputs, targets):
         """Metrics of what Trainer gathered over a dataset."""
         return self.score(outputs, targets)
@@ -123,10 +133,6 @@ class VQATask:
         """Metrics in [0,1] of logits (N,A): `accuracy` (the answer, or the annotators' most common one) and VQA's own."""
         predictions = [self.id2label[index] for index in np.asarray(logits).argmax(-1).tolist()]
         return self.score_answers(predictions, targets)
-
-    def baselines(self, model, processor, training, evaluation, progress=True):
-        """{name: metrics} of what needs no training, on the same rows."""
-        return {}
 
     @staticmethod
     def score_answers(predictions, targets):
@@ -193,11 +199,9 @@ def _unpadded(tokens, mask):
     return [row if mask is None else row[mask[n]] for n, row in enumerate(tokens.cpu())]
 
 
-class OpenTask:
+class OpenTask(Task):
     """What tasks without a vocabulary of answers share."""
 
-    scores_whole = False
-    writes = False
     # The field gives its metrics in per cent already, or as they are.
     percent = 1
     answers = {}
@@ -212,10 +216,6 @@ class OpenTask:
 
     def check_targets(self, targets, allow_unknown=False):
         """Any will do."""
-
-    def baselines(self, model, processor, training, evaluation, progress=True):
-        """{name: metrics} of what needs no training, on the same rows."""
-        return {}
 
 
 class RetrievalTask(OpenTask):
@@ -284,10 +284,6 @@ class CaptioningTask(OpenTask):
     def describe(self):
         return "texts to write"
 
-    @staticmethod
-    def table(name, metrics):
-        return {name: metrics}
-
     def begin(self, model, processor, targets):
         """Before training: how long texts become is what generation stops at by itself."""
         self.processor = processor
@@ -298,8 +294,8 @@ class CaptioningTask(OpenTask):
         model.generation_config.max_new_tokens = min(longest + 1, limit - 1) if limit else longest + 1
 
     def encode_targets(self, targets):
-        """(B,T) words with their end, -100 behind it."""
-        return self.processor._targets([target["text"] for target in targets], len(targets))["labels"]
+        """Texts, of which the processor makes labels."""
+        return [target["text"] for target in targets]
 
     def decode(self, words):
         """Texts of generated words (N,T), -100 where batches of other lengths were put together."""
@@ -326,8 +322,7 @@ class CaptioningTask(OpenTask):
         """What a model writes about samples. options: of `generate`."""
         batch = SampleCollator(self.processor)(samples)
         batch = {key: value.to(model.device) for key, value in batch.items()}
-        begun = batch["input_ids"].shape[1] if self.processor.writes_on and "input_ids" in batch else 1
-        return self.decode(model.eval().generate(**batch, **options)[:, begun:].cpu())
+        return self.processor.written(model.eval().generate(**batch, **options), batch)
 
     def score(self, texts, targets, meteor=False):
         """`exact_match` (of any reference, as the tokenizer writes it), and the metrics of captions where pycocoevalcap is there."""
@@ -409,22 +404,18 @@ class DialogueTask(AnsweringTask):
                 for (row, index), text in zip(part, self.write(model, batch, **options), strict=True):
                     said[row].append(text)
                     texts[index] = text
-        right = np.array(
-            [text == self._as_written(target["text"]) for text, target in zip(texts, samples.targets, strict=True)]
-        )
+        right = self._right(texts, samples.targets)
         first = np.isin(np.arange(len(samples)), [own[0] for own in turns.values()])
         found = {"exact_match": float(right.mean()), "first_turns": float(right[first].mean())}
         return found | ({"later_turns": float(right[~first].mean())} if not first.all() else {})
 
     def score(self, texts, targets):
         """Of single turns, each after the true ones before it."""
-        return {
-            "exact_match": float(
-                np.mean(
-                    [text == self._as_written(target["text"]) for text, target in zip(texts, targets, strict=True)]
-                )
-            )
-        }
+        return {"exact_match": float(self._right(texts, targets).mean())}
+
+    def _right(self, texts, targets):
+        """(N,) bool: which texts are what was to be said."""
+        return np.array([t == self._as_written(target["text"]) for t, target in zip(texts, targets, strict=True)])
 
 
 def _with_own(messages, said):
