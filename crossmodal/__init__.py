@@ -19,6 +19,8 @@ _EXPORTS = {
     "TextDecoderConfig": "modeling.configuration_crossmodal",
     "CrossModalProcessor": "processing.processing_crossmodal",
     "CrossModalVQAPipeline": "processing.pipeline_crossmodal",
+    "CrossModalClassificationPipeline": "processing.pipeline_crossmodal",
+    "CrossModalRetrievalPipeline": "processing.pipeline_crossmodal",
     "CrossModalTrainer": "training.trainer",
 }
 

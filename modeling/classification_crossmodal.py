@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .heads_crossmodal import AuxiliaryHeads, ClassificationHead
-from .losses_crossmodal import class_loss, soft_target_loss, unimodal_losses
+from .losses_crossmodal import mean_loss, row_losses, unimodal_losses
 from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel
 
 
@@ -37,8 +37,9 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
     """What the heads share that choose from, score, or measure on `config.id2label`: one MLP on the fused vector.
 
     The loss follows `config.problem_type`: `"single_label_classification"` is cross entropy on one label per row,
-    `"multi_label_classification"` the summed binary cross entropy on scores (VQA v2), `"regression"` the mean squared error.
-    Left at None it is taken from the first labels seen: long (B,), or float (B,A); float (B,) is a regression.
+    `"multi_label_classification"` the summed binary cross entropy on scores (VQA v2), `"regression"` the mean squared (or, by
+    `config.regression_loss`, absolute) error. Left at None it is taken from the first labels seen: long (B,), or float (B,A);
+    float (B,) is a regression. `config.class_weights` weigh the classes.
     """
 
     custom_pipelines = None
@@ -71,8 +72,8 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
         """The inputs of `CrossModalModel`, and labels.
 
         Args:
-            labels: (B,) long ids (-100: a row that does not count), (B,A) scores in [0,1], or (B,) or (B,A) real numbers of a
-                regression.
+            labels: (B,) long ids (-100: a row that does not count) or (B,A) probabilities of one label, (B,A) scores in [0,1] of
+                several, or (B,) or (B,A) real numbers of a regression.
 
         Returns:
             CrossModalClassifierOutput.
@@ -90,7 +91,11 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
             **{key: value for key, value in named_inputs.items() if key != "return_dict"},
         )
         logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else self._loss(logits, labels)
+        loss = None
+        if labels is not None:
+            self._check_labels(logits, labels)
+            options = self._loss_options(logits.device)
+            loss = mean_loss(*row_losses(logits, labels, **options))
         auxiliary_logits, auxiliary_losses = None, None
         if self.config.auxiliary_loss_weight:
             auxiliary_logits = self.auxiliary(outputs.unimodal_embeddings)
@@ -100,8 +105,7 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
                     labels,
                     outputs.presence,
                     outputs.modality_log_variances,
-                    self.config.label_smoothing,
-                    self.config.problem_type == "regression",
+                    **options,
                 )
                 if self.training:
                     # Left out of what an evaluation reports, so that losses compare with those of other models.
@@ -118,7 +122,19 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
             auxiliary_losses=auxiliary_losses,
         )
 
-    def _loss(self, logits, labels):
+    def _loss_options(self, device):
+        """Arguments of `row_losses` that the config says."""
+        config = self.config
+        weights = None if config.class_weights is None else torch.tensor(config.class_weights, device=device)
+        by_distance = config.problem_type == "regression" and config.regression_loss == "absolute"
+        return {
+            "problem_type": "absolute" if by_distance else config.problem_type,
+            "label_smoothing": config.label_smoothing,
+            "class_weights": weights,
+        }
+
+    def _check_labels(self, logits, labels):
+        """Settles `config.problem_type`, and refuses labels that do not fit it."""
         config, real = self.config, labels.is_floating_point()
         if config.problem_type is None:
             many = "regression" if labels.dim() == 1 else "multi_label_classification"
@@ -126,26 +142,29 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
         shapes = [logits.shape if real else logits.shape[:1]]
         if config.problem_type == "regression" and logits.shape[1] == 1:
             shapes.append(logits.shape[:1])
-        if real != (config.problem_type != "single_label_classification") or labels.shape not in shapes:
+        one = config.problem_type == "single_label_classification"
+        if not (real or one) or labels.shape not in shapes:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit "
                 f"problem_type={config.problem_type!r}. Expected float scores {tuple(logits.shape)} for "
-                f"'multi_label_classification', label ids {tuple(logits.shape[:1])} for 'single_label_classification', or "
-                f"numbers {tuple(logits.shape)} for 'regression'."
+                f"'multi_label_classification', label ids {tuple(logits.shape[:1])} (or their probabilities "
+                f"{tuple(logits.shape)}) for 'single_label_classification', or numbers {tuple(logits.shape)} for 'regression'."
             )
         # On a GPU the kernel itself stops at a wrong label; to look here would make every step wait for it.
-        if not real and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if labels.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if one and real and not torch.allclose(labels.sum(-1), labels.new_ones(len(labels)), atol=1e-3):
+            raise ValueError(
+                "labels are scores that do not sum to 1 in every row, with problem_type='single_label_classification'. Give label "
+                "ids, or probabilities; for several labels that hold at once set problem_type='multi_label_classification'."
+            )
+        if not real:
             wrong = labels[(labels != -100) & ((labels < 0) | (labels >= logits.shape[1]))]
             if len(wrong):
                 raise ValueError(
                     f"labels hold {wrong[0].item()}, which is no class of num_labels={logits.shape[1]}. Expected 0 to "
                     f"{logits.shape[1] - 1}, or -100 for a row without a label."
                 )
-        if config.problem_type == "regression":
-            return nn.functional.mse_loss(logits, labels.view(logits.shape).to(logits.dtype))
-        if real:
-            return soft_target_loss(logits, labels)
-        return class_loss(logits, labels, config.label_smoothing)
 
     def resize_answers(self, id2label, problem_type=None):
         """Gives the model another answer vocabulary in place. Answers that it knew keep what was learnt of them.
@@ -168,6 +187,8 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
         self.classifier.out_proj = resized(self.classifier.out_proj)
         if self.config.auxiliary_loss_weight:
             self.auxiliary.classifiers = nn.ModuleList(map(resized, self.auxiliary.classifiers))
+        # They were said of the labels before.
+        self.config.class_weights = self.config.thresholds = None
         self.config.id2label = dict(id2label)
         self.config.label2id = {label: index for index, label in id2label.items()}
 
@@ -187,6 +208,14 @@ class CrossModalForVQA(CrossModalClassifier):
 
 class CrossModalForSequenceClassification(CrossModalClassifier):
     """Classifies rows of any modalities: one label, several, or a real number (`config.problem_type`)."""
+
+    custom_pipelines = {
+        "crossmodal-classification": {
+            "impl": "pipeline_crossmodal.CrossModalClassificationPipeline",
+            "pt": ["AutoModelForSequenceClassification"],
+            "type": "multimodal",
+        }
+    }
 
 
 CrossModalForVQA.register_for_auto_class("AutoModelForVisualQuestionAnswering")

@@ -32,6 +32,7 @@ CONTRASTIVE_LOSSES = ("info_nce", "sigmoid", "triplet")
 MATCHINGS = ("classifier", "cosine", "ranking")
 ALIGNMENTS = ("recovery", "late_interaction")
 LOSS_WEIGHTINGS = ("fixed", "learned")
+REGRESSION_LOSSES = ("squared", "absolute")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes")
 
@@ -304,10 +305,14 @@ class CrossModalConfig(PreTrainedConfig):
         classifier_hidden_size: hidden width of classification heads (`None`: twice `hidden_size`).
         classifier_dropout: dropout in the heads.
         label_smoothing: of the cross entropy of classification heads.
+        class_weights: one for each label, of the loss of classification heads (of several labels: how often what holds counts
+            against what does not); None: all alike.
+        thresholds: of several labels, the probability from which on each holds (None: 0.5).
+        regression_loss: `"squared"` or `"absolute"`.
         projection_dim: width of the embeddings of `CrossModalForRetrieval`.
         num_unimodal_layers: transformer layers of each modality by itself, of which its embedding is made and on which the
             cross-attention of retrieval stands.
-        pooled_shortcut: in retrieval, embeddings also see the mean of the encoder's own tokens.
+        pooled_shortcut: in retrieval, embeddings also see mean and maximum of the encoder's own tokens.
         contrastive_loss: `"info_nce"`, `"sigmoid"` (SigLIP) or `"triplet"` (hardest negatives, with `triplet_margin`).
         contrastive_chunk_size: rows of a tile of similarities of `info_nce` (None: all at once).
         logit_scale_init_value: logarithm of the first 1 / temperature.
@@ -383,6 +388,9 @@ class CrossModalConfig(PreTrainedConfig):
     classifier_hidden_size: int | None = None
     classifier_dropout: float | int = 0.1
     label_smoothing: float | int = 0.0
+    class_weights: list[float] | None = None
+    thresholds: list[float] | None = None
+    regression_loss: str = "squared"
     projection_dim: int = 256
     num_unimodal_layers: int = 0
     pooled_shortcut: bool = True
@@ -587,12 +595,14 @@ class CrossModalConfig(PreTrainedConfig):
             "matching": MATCHINGS,
             "alignment": ALIGNMENTS,
             "loss_weighting": LOSS_WEIGHTINGS,
+            "regression_loss": REGRESSION_LOSSES,
         }.items():
             value = getattr(self, key)
             if value not in allowed:
                 raise ValueError(f"{key}={value!r} is unknown. Expected one of {nearest_first(value, allowed)}.")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"problem_type={self.problem_type!r} is unknown. Expected one of {PROBLEM_TYPES}.")
+        self._validate_classes()
         _validate_kernel(self)
         self._validate_axes()
         for key in (
@@ -656,6 +666,17 @@ class CrossModalConfig(PreTrainedConfig):
             )
         if self.fusion_queries == []:
             raise ValueError("fusion_queries=[] leaves nothing to fuse. Name at least one modality, or give None.")
+
+    def _validate_classes(self):
+        """Whether what is said of each label fits their number."""
+        for key, low, high in (("class_weights", 0, float("inf")), ("thresholds", 0, 1)):
+            values = getattr(self, key)
+            if values is not None and (
+                len(values) != self.num_labels or not all(low <= value <= high for value in values)
+            ):
+                raise ValueError(
+                    f"{key}={values}. Expected {self.num_labels} numbers from {low} to {high}, one for each label, or None."
+                )
 
     def _validate_axes(self):
         """Whether the kernel fits the operator, and the axes of the modalities."""

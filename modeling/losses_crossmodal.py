@@ -8,64 +8,60 @@ import torch
 from torch import nn
 
 
-def soft_target_loss(logits, targets):
-    """Binary cross entropy of every answer, summed over answers, mean over the batch.
+def row_losses(logits, labels, problem_type, label_smoothing=0.0, class_weights=None):
+    """Loss of every row alone, and how much each row counts: their mean is losses.sum() / counts.sum().
 
-    L = (1/B) sum_b sum_c BCE(sigmoid(logits_bc), targets_bc): `BCEWithLogits` times the number of answers, as
-    bottom-up attention (Anderson et al. 2018, arXiv 1707.07998) and BridgeTower train VQA v2.
+    One label: cross entropy, -sum_c v_c p_c log softmax(logits)_c with weights v of the classes and p one for the label (B,), or
+        the probabilities (B,C) that mixing rows makes of labels. A row counts as its label does, one labelled -100 not.
+    Several: binary cross entropy with scores (B,C) in [0,1], summed over classes, as bottom-up attention (Anderson et al. 2018,
+        arXiv 1707.07998) and BridgeTower train VQA v2; weights are of what holds against what does not.
+    Real numbers (B,) or (B,C): mean of squares, or for "absolute" of absolute differences (see `regression_loss` of the config).
 
-    logits (B,C), targets (B,C) in [0,1]. Returns a scalar.
+    logits (B,C), class_weights (C,) or None. Returns (B,) and (B,).
     """
-    return nn.functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype)) * logits.shape[-1]
-
-
-def row_losses(logits, labels, label_smoothing=0.0, regression=False):
-    """Loss of every row alone: cross entropy for labels (B,), summed binary cross entropy for scores (B,C), mean squared
-    error for real numbers (B,) or (B,C) of a regression.
-
-    logits (B,C). Returns losses (B,), 0 for rows labelled -100, and which rows count (B,) bool.
-    """
-    everyone = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    if regression:
-        return (logits - labels.view(logits.shape).to(logits.dtype)).square().mean(-1), everyone
-    if labels.is_floating_point():
-        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-        return losses.sum(-1), everyone
+    logits, ones = logits.float(), logits.new_ones(len(logits), dtype=torch.float32)
+    if problem_type in ("regression", "absolute"):
+        apart = logits - labels.view(logits.shape)
+        return (apart.abs() if problem_type == "absolute" else apart.square()).mean(-1), ones
+    if problem_type == "multi_label_classification":
+        losses = nn.functional.binary_cross_entropy_with_logits(
+            logits, labels.float(), pos_weight=class_weights, reduction="none"
+        )
+        return losses.sum(-1), ones
+    labels = labels.float() if labels.is_floating_point() else labels
     losses = nn.functional.cross_entropy(
-        logits, labels, ignore_index=-100, label_smoothing=label_smoothing, reduction="none"
+        logits, labels, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
     )
-    return losses, labels != -100
+    if labels.is_floating_point():
+        return losses, ones if class_weights is None else labels @ class_weights
+    counted = labels != -100
+    return losses, counted.float() if class_weights is None else class_weights[labels.clamp(min=0)] * counted
 
 
-def unimodal_losses(logits, labels, presence, log_variances=None, label_smoothing=0.0, regression=False):
+def mean_loss(losses, counts):
+    """Mean (a scalar) of losses (B,) that count differently (B,); of rows of which none counts 0, not NaN."""
+    return losses.sum() / counts.sum().clamp(min=torch.finfo(counts.dtype).tiny)
+
+
+def unimodal_losses(
+    logits, labels, presence, log_variances=None, problem_type="single_label_classification", **options
+):
     """Loss of each modality's own classifier, mean over the rows that have the modality.
 
     L_m = mean_b CE(logits_bm, label_b); with log variances s, L_m = mean_b [e^{-s_bm} CE(...) + s_bm / 2] (Kendall and
     Gal 2017, arXiv 1703.04977): a modality that errs on a row is better off to say that it is uncertain there.
 
-    logits (B,M,C), labels (B,) or (B,C), presence (B,M) bool, log_variances (B,M) or None. Returns (M,), 0 for a modality
-    that no row has.
+    logits (B,M,C), labels as in `row_losses`, presence (B,M) bool, log_variances (B,M) or None; options: of `row_losses`. Returns
+    (M,), 0 for a modality that no row has.
     """
     losses = []
     for index in range(logits.shape[1]):
-        values, counted = row_losses(logits[:, index], labels, label_smoothing, regression)
+        values, counts = row_losses(logits[:, index], labels, problem_type, **options)
         if log_variances is not None:
-            values = torch.exp(-log_variances[:, index]) * values + log_variances[:, index] / 2
-        counted = counted & presence[:, index]
-        losses.append(values.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1))
+            values = torch.exp(-log_variances[:, index]) * values + log_variances[:, index] / 2 * (counts > 0)
+        counts = counts * presence[:, index]
+        losses.append(mean_loss(values.masked_fill(~presence[:, index], 0.0), counts))
     return torch.stack(losses)
-
-
-def class_loss(logits, labels, label_smoothing=0.0):
-    """Cross entropy over classes. logits (B,C), labels (B,) with -100 for rows that do not count.
-
-    A batch in which no row counts gives 0, not NaN.
-    """
-    counted = (labels != -100).sum().clamp(min=1)
-    total = nn.functional.cross_entropy(
-        logits, labels, ignore_index=-100, label_smoothing=label_smoothing, reduction="sum"
-    )
-    return total / counted
 
 
 def text_loss(logits, labels, label_smoothing=0.0, weights=None, reduction="mean"):

@@ -16,6 +16,14 @@ def masked_mean(tokens, mask):
     return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
+def masked_max(tokens, mask):
+    """Largest value of each channel over real tokens, as `masked_mean`."""
+    if mask is None:
+        return tokens.amax(dim=1)
+    largest = tokens.masked_fill(~mask[..., None], torch.finfo(tokens.dtype).min).amax(dim=1)
+    return largest.masked_fill(~mask.any(dim=1)[:, None], 0.0)
+
+
 class TokenPooling(nn.Module):
     """Tokens of one modality to one vector: attention pooling, mean, or the first token.
 

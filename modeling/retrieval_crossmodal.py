@@ -33,7 +33,7 @@ from .contrastive_crossmodal import (
 from .encoders_crossmodal import EncodedModality
 from .heads_crossmodal import ClassificationHead
 from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel
-from .pooling_crossmodal import TokenPooling, masked_mean
+from .pooling_crossmodal import TokenPooling, masked_max, masked_mean
 
 
 @dataclass
@@ -137,23 +137,28 @@ class LossWeights(nn.Module):
 
 
 class PooledShortcut(nn.Module):
-    """Mean of an encoder's own tokens at each tapped depth, straight to the embedding: W [LN(mean X^1), LN(mean X^2), ...].
+    """Mean and maximum of an encoder's own tokens at each tapped depth, by one hidden layer to the embedding:
+    W_2 GELU(W_1 [LN(mean X^1), LN(max X^1), LN(mean X^2), ...]).
 
-    What a linear probe of the encoder finds needs no training of tokens to be found, and is not lost in their narrower width.
+    What a probe of the encoder finds needs no training of tokens to be found, and is not lost in their narrower width.
     """
 
     def __init__(self, config, name):
         super().__init__()
         sizes = config.level_sizes_of(name)
-        widths = [sizes[level] for level in config.levels_of(name)]
+        widths = [sizes[level] for level in config.levels_of(name) for _ in ("mean", "max")]
         self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for width in widths])
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.projection = nn.Linear(sum(widths), config.projection_dim, bias=False)
+        self.in_proj = nn.Linear(sum(widths), 4 * config.projection_dim)
+        self.out_proj = nn.Linear(4 * config.projection_dim, config.projection_dim, bias=False)
 
     def forward(self, levels, mask):
         """levels [(U,T,D_k)], mask (U,T) or None. Returns (U,E)."""
-        means = [norm(masked_mean(x.to(norm.weight.dtype), mask)) for norm, x in zip(self.norms, levels, strict=True)]
-        return self.projection(self.dropout(torch.cat(means, dim=-1)))
+        levels = [level.to(self.in_proj.weight.dtype) for level in levels]
+        pooled = [pool(level, mask) for level in levels for pool in (masked_mean, masked_max)]
+        pooled = [norm(vector) for norm, vector in zip(self.norms, pooled, strict=True)]
+        hidden = nn.functional.gelu(self.in_proj(self.dropout(torch.cat(pooled, dim=-1))))
+        return self.out_proj(self.dropout(hidden))
 
 
 class ModalityTower(nn.Module):

@@ -43,7 +43,33 @@ class CrossModalPipeline(Pipeline):
         return PipelineIterator(batches, self.postprocess, postprocess_params)
 
 
-class CrossModalVQAPipeline(CrossModalPipeline):
+class CrossModalScoringPipeline(CrossModalPipeline):
+    """What the pipelines share whose models score labels or answers."""
+
+    def _sanitize_parameters(self, top_k=None, return_modality_weights=None, **kwargs):
+        if kwargs:
+            raise ValueError(
+                f"{sorted(kwargs)[0]!r} is no parameter of this pipeline. Expected top_k, return_modality_weights, "
+                "batch_size or num_workers, and inputs of the model."
+            )
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k}. Expected at least 1.")
+        given = {"top_k": top_k, "return_modality_weights": return_modality_weights}
+        return {}, {}, {key: value for key, value in given.items() if value is not None}
+
+    def _forward(self, batch):
+        output = self.model(**batch)
+        return {"logits": output.logits, "modality_weights": output.modality_weights}
+
+    def _with_weights(self, key, found, output, return_modality_weights):
+        """What was found, under `key` beside the weights of modalities if those are wanted."""
+        if not return_modality_weights:
+            return found
+        weights = output["modality_weights"][0].float().tolist()
+        return {key: found, "modality_weights": dict(zip(self.model.config.modality_names, weights, strict=True))}
+
+
+class CrossModalVQAPipeline(CrossModalScoringPipeline):
     """Questions about images (or whatever else the model reads) to answers with scores.
 
     Example:
@@ -51,17 +77,6 @@ class CrossModalVQAPipeline(CrossModalPipeline):
         >>> pipe(image, "what color is the circle?", top_k=2)
         [{'score': 0.98, 'answer': 'red'}, {'score': 0.01, 'answer': 'blue'}]
     """
-
-    def _sanitize_parameters(self, top_k=None, return_modality_weights=None, **kwargs):
-        if kwargs:
-            raise ValueError(
-                f"{sorted(kwargs)[0]!r} is no parameter of this pipeline. Expected top_k, return_modality_weights, "
-                "batch_size or num_workers."
-            )
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k={top_k}. Expected at least 1.")
-        given = {"top_k": top_k, "return_modality_weights": return_modality_weights}
-        return {}, {}, {key: value for key, value in given.items() if value is not None}
 
     def __call__(self, image=None, question=None, **kwargs):
         """Answers one question or many.
@@ -93,10 +108,6 @@ class CrossModalVQAPipeline(CrossModalPipeline):
             [{"image": i, "question": q} for i, q in zip(images, questions, strict=True)], **kwargs
         )
 
-    def _forward(self, batch):
-        output = self.model(**batch)
-        return {"logits": output.logits, "modality_weights": output.modality_weights}
-
     def postprocess(self, output, top_k=5, return_modality_weights=False):
         config = self.model.config
         logits = output["logits"][0].float()
@@ -106,10 +117,56 @@ class CrossModalVQAPipeline(CrossModalPipeline):
             {"score": score, "answer": config.id2label[index]}
             for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        if not return_modality_weights:
-            return answers
-        weights = output["modality_weights"][0].float().tolist()
-        return {"answers": answers, "modality_weights": dict(zip(config.modality_names, weights, strict=True))}
+        return self._with_weights("answers", answers, output, return_modality_weights)
+
+
+class CrossModalClassificationPipeline(CrossModalScoringPipeline):
+    """Samples of any modalities to their label, labels, or number.
+
+    Example:
+        >>> pipe = pipeline("crossmodal-classification", model=folder, trust_remote_code=True)
+        >>> pipe({"text": "what a day", "image": image})
+        [{'label': 'positive', 'score': 0.91}]
+        >>> pipe([{"text": "what a day"}, {"audio": {"array": wave, "sampling_rate": 16000}}])
+    """
+
+    def __call__(self, inputs=None, **kwargs):
+        """Classifies one sample or many.
+
+        Args:
+            inputs: a dict of raw inputs, `{"text": ..., "image": ..., "audio": ...}` with any subset of the modalities of the
+                model (by name, or by the argument of its processor); a list, generator or dataset of such dicts; or nothing, and
+                the inputs of one sample by name: `pipe(text="...", image=...)`.
+            top_k: how many labels (default 1; where several may hold, those that reach `config.thresholds`).
+            return_modality_weights: also return how much each modality counted.
+            batch_size: samples per forward.
+
+        Returns:
+            A list of `{"label", "score"}`, best first: probabilities, or the number itself of a regression. For many samples a list of
+            such lists; with `return_modality_weights` each is `{"labels": [...], "modality_weights": {modality: weight}}`.
+        """
+        names = {self.processor.argument_of(name) for name in self.processor.modality_names}
+        names |= {*self.processor.modality_names, *self._aliases}
+        sample = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
+        if sample and inputs is not None:
+            raise ValueError(f"samples and {sorted(sample)} were both given. Give one dict, or inputs by name.")
+        return super().__call__(sample if inputs is None else inputs, **kwargs)
+
+    def postprocess(self, output, top_k=None, return_modality_weights=False):
+        config = self.model.config
+        scores = output["logits"][0].float()
+        order = scores.argsort(descending=True)
+        if config.problem_type == "regression":
+            order = torch.arange(len(scores))
+        elif config.problem_type == "multi_label_classification":
+            scores = scores.sigmoid()
+            if top_k is None:
+                least = torch.tensor(config.thresholds or [0.5] * len(scores))
+                order = order[(scores >= least)[order]]
+        else:
+            scores, top_k = scores.softmax(-1), top_k or 1
+        labels = [{"label": config.id2label[i], "score": scores[i].item()} for i in order[:top_k].tolist()]
+        return self._with_weights("labels", labels, output, return_modality_weights)
 
 
 class CrossModalRetrievalPipeline(CrossModalPipeline):

@@ -4,30 +4,22 @@ Letters: B batch, T steps, M modalities, H W pixels.
 Shipped to the Hub beside the weights: imports only torch, transformers, numpy and sibling files.
 """
 
-import io
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.utils import logging
 
 from .chat_crossmodal import CHAT_TEMPLATE, check_conversation, is_conversation, render, without_oldest
 
 # Not called here: what a file imports is saved with it, and a folder with model and processor runs in `pipeline`.
 from .pipeline_crossmodal import CrossModalPipeline  # noqa: F401
+from .reading_crossmodal import evenly, read_image, read_sound, read_video, resample
 
 
 logger = logging.get_logger(__name__)
-
-try:
-    from PIL import Image
-except ImportError:
-    # A model without images loads where there is none.
-    Image = None
-
 
 # The argument of `__call__` for the first modality of a type, as in other processors of transformers.
 _ARGUMENTS = {"vision": "images", "text": "text", "audio": "audio", "video": "videos"}
@@ -65,8 +57,8 @@ class CrossModalProcessor(ProcessorMixin):
         chat_template: for dialogue (Jinja, as everywhere in transformers); conversations are rendered with the one of
             chat_crossmodal.py if there is none.
         modalities: per modality, in the order of the model's `modality_names`, a dict with `name`, `type`, `values` and
-            `mask` (keys of the batch), `max_tokens`, and `options` (arguments of its sub-processor, where two
-            modalities of a type differ). `from_config` writes them.
+            `mask` (keys of the batch), `max_tokens`, `num_frames` of video, and `options` (arguments of its sub-processor, where
+            two modalities of a type differ). `from_config` writes them.
         writer: of a model that writes text, a dict with `bos_token_id`, `eos_token_id` and `max_tokens` (None: no limit).
 
     Example:
@@ -158,6 +150,8 @@ class CrossModalProcessor(ProcessorMixin):
                 # A tokenizer that was made here knows no limit; the encoder has one.
                 positions = _positions_of(getattr(config, f"{name}_config"))
                 modality |= {} if positions is None else {"max_tokens": positions}
+            if settings["type"] == "video" and getattr(getattr(config, f"{name}_config"), "num_frames", None):
+                modality["num_frames"] = getattr(config, f"{name}_config").num_frames
             if (options or {}).get(name):
                 modality["options"] = dict(options[name])
             modalities.append(modality)
@@ -268,8 +262,10 @@ class CrossModalProcessor(ProcessorMixin):
             images: PIL images, paths, URLs, bytes, arrays (H,W,3) or (3,H,W), tensors.
             text: strings, or conversations (lists of `{"role", "content"}`), whose oldest turns are left out where they are too
                 long. Where no modality is text and the model writes text: what it is to go on with ("": it begins).
-            audio: waveforms (samples,), or dicts with `array` and `sampling_rate`.
-            videos: lists of frames, each an image; every row with the same number of frames.
+            audio: waveforms (samples,), dicts with `array` and `sampling_rate`, or paths or bytes of sound files. Whatever their
+                rate is, they are resampled to that of the feature extractor.
+            videos: lists of frames, each an image, with the same number in every row; or paths of video files, of which the
+                `num_frames` that the modality says are read at even distances.
             sampling_rate: in Hz, of the waveforms.
             deduplicate: give an image object that several rows share once, with `<key>_index (B,)` saying which row uses
                 which: the model then encodes it once.
@@ -538,11 +534,19 @@ class CrossModalProcessor(ProcessorMixin):
         return {modality["values"]: pixels}
 
     def _process_video_rows(self, modality, items, rows):
+        """Frames of every row, `num_frames` of the modality at even distances, where it says so."""
+        wanted = modality.get("num_frames")
+        items = [
+            item if isinstance(item, list | tuple) else read_video(item, f"video of row {row}", wanted)
+            for row, item in zip(rows, items, strict=True)
+        ]
+        if wanted and all(len(item) for item in items):
+            items = [[item[place] for place in evenly(len(item), wanted)] for item in items]
         counts = [len(item) for item in items]
         if min(counts) == 0 or len(set(counts)) > 1:
             raise ValueError(
                 f"{modality['name']!r} has {counts} frames per row. Expected the same number, at least 1, in every row: "
-                "sample frames uniformly first."
+                "sample frames uniformly first, or give the processor `num_frames` of this modality."
             )
         frames = [
             read_image(frame, f"frame {index} of row {row}")
@@ -553,9 +557,11 @@ class CrossModalProcessor(ProcessorMixin):
         return {modality["values"]: pixels.unflatten(0, (len(items), counts[0]))}
 
     def _process_audio_rows(self, modality, items, rows, sampling_rate):
-        waves, rates = [], set()
+        waves, expected = [], self.feature_extractor.sampling_rate
         for row, item in zip(rows, items, strict=True):
             rate = sampling_rate
+            if isinstance(item, str | Path | bytes) or (isinstance(item, dict) and "array" not in item):
+                item = read_sound(item, f"audio of row {row}")
             if isinstance(item, dict):
                 rate = item.get("sampling_rate", rate)
                 item = item.get("array")
@@ -571,13 +577,7 @@ class CrossModalProcessor(ProcessorMixin):
                     f"the sampling rate of the audio of row {row} is not known. Pass sampling_rate=... in Hz, or "
                     "{'array': ..., 'sampling_rate': ...}."
                 )
-            waves.append(wave)
-            rates.add(int(rate))
-        expected = self.feature_extractor.sampling_rate
-        if rates != {expected}:
-            raise ValueError(
-                f"audio has sampling rates {sorted(rates)} Hz. This model expects {expected} Hz: resample it first."
-            )
+            waves.append(resample(wave, rate, expected))
         # Whisper takes its fixed window whatever the clip; others are padded to the longest clip.
         padding = {} if getattr(self.feature_extractor, "chunk_length", None) else {"padding": True}
         extracted = self.feature_extractor(
@@ -649,14 +649,19 @@ def _as_rows(kind, value):
     """The items of a batch, or None if `value` is a single item."""
     if kind == "video":
         nested = isinstance(value, list | tuple) and len(value) > 0
-        return list(value) if nested and (value[0] is None or isinstance(value[0], list | tuple)) else None
+        rows = nested and (value[0] is None or isinstance(value[0], list | tuple | str | Path) or _axes(value[0]) == 4)
+        return list(value) if rows else None
     if kind == "audio" and isinstance(value, list | tuple):
         return None if len(value) and isinstance(value[0], int | float) else list(value)
     if isinstance(value, list | tuple):
         return list(value)
-    axes = getattr(value, "ndim", None)
     single_axes = {"vision": 3, "audio": 1, "features": 2}.get(kind, 0)
-    return list(value) if axes is not None and axes > single_axes else None
+    return list(value) if _axes(value) > single_axes else None
+
+
+def _axes(value):
+    """Axes of an array, 0 of anything else."""
+    return getattr(value, "ndim", 0)
 
 
 def _pad_tokens(name, items, rows):
@@ -682,53 +687,6 @@ def _spread(values, rows, count):
     whole = values.new_zeros(count, *values.shape[1:])
     whole[torch.from_numpy(rows)] = values
     return whole
-
-
-def read_image(item, where="image"):
-    """An RGB PIL image from a PIL image, path, URL, bytes, `{"bytes": ...}`, array or tensor.
-
-    Raises:
-        ValueError: saying what could not be read and what to give instead.
-    """
-    if Image is None:
-        raise ValueError(f"{where} cannot be read without Pillow. Install it with `pip install pillow`.")
-    source = item
-    if isinstance(item, dict):
-        item = item.get("bytes") or item.get("path")
-    try:
-        if isinstance(item, bytes):
-            item = Image.open(io.BytesIO(item))
-        elif isinstance(item, str | Path):
-            item = load_image(str(item))
-        elif torch.is_tensor(item) or isinstance(item, np.ndarray):
-            item = _image_from_array(np.asarray(item.detach().cpu() if torch.is_tensor(item) else item))
-        if not isinstance(item, Image.Image):
-            raise TypeError(f"got {type(item).__name__}")
-        if min(item.size) == 0:
-            raise OSError(f"its size is {item.size[0]} x {item.size[1]} pixels")
-        return item.convert("RGB")
-    # PIL raises SyntaxError and struct.error too on broken files.
-    except Exception as error:
-        given = repr(source) if isinstance(source, str | Path) else type(source).__name__
-        raise ValueError(
-            f"{where} ({given:.200}) cannot be read: {str(error).splitlines()[0] if str(error) else error!r}. Expected a "
-            "PIL image, the path or URL of an image file, its bytes, or an array (H,W,3), or None for a row without it."
-        ) from error
-
-
-def _image_from_array(array):
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3) or array.size == 0:
-        raise ValueError(f"an array of shape {array.shape} is no image")
-    if array.dtype != np.uint8:
-        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 255:
-            raise ValueError("its values lie outside 0 to 255 (or 0 to 1)")
-        scale = 255.0 if np.issubdtype(array.dtype, np.floating) and array.max() <= 1 else 1.0
-        array = np.rint(array * scale).astype(np.uint8)
-    return Image.fromarray(array)
 
 
 CrossModalProcessor.register_for_auto_class()

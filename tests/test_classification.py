@@ -37,6 +37,40 @@ def test_the_loss_follows_the_labels(labels, num_labels, problem_type, loss):
     torch.testing.assert_close(output.loss, loss(output.logits, labels))
 
 
+def test_weights_of_classes_are_those_of_torch_with_labels_and_with_probabilities():
+    weights = [0.5, 2.0, 1.0, 0.0, 3.0]
+    model = head(num_labels=5, problem_type="single_label_classification", class_weights=weights, label_smoothing=0.1)
+    batch, labels = zoo.tiny_batch(model.config), torch.tensor([4, 1, -100, 0])
+    output = model(**batch, labels=labels)
+    own = {"weight": torch.tensor(weights), "label_smoothing": 0.1}
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels, **own))
+    model.config.class_weights = None
+    mixed = torch.rand(4, 5).softmax(-1)
+    expected = torch.nn.functional.cross_entropy(output.logits, mixed, label_smoothing=0.1)
+    torch.testing.assert_close(model(**batch, labels=mixed).loss, expected)
+    sure = torch.nn.functional.one_hot(torch.tensor([4, 1, 2, 0]), 5).float()
+    model.config.class_weights = weights
+    torch.testing.assert_close(model(**batch, labels=sure).loss, model(**batch, labels=sure.argmax(-1)).loss)
+    with pytest.raises(ValueError, match="do not sum to 1.*multi_label_classification"):
+        model(**batch, labels=torch.rand(4, 5))
+
+
+def test_weights_of_several_labels_and_the_distance_of_a_regression():
+    model = head(num_labels=3, problem_type="multi_label_classification", class_weights=[1.0, 4.0, 0.5])
+    batch, labels = zoo.tiny_batch(model.config), torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]])
+    output, weights = model(**batch, labels=labels), torch.tensor([1.0, 4.0, 0.5])
+    p = output.logits.sigmoid()
+    expected = -(weights * labels * p.log() + (1 - labels) * (1 - p).log()).sum() / 4
+    torch.testing.assert_close(output.loss, expected)
+    model = head(num_labels=1, problem_type="regression", regression_loss="absolute")
+    numbers = torch.randn(4)
+    output = model(**batch, labels=numbers)
+    torch.testing.assert_close(output.loss, torch.nn.functional.l1_loss(output.logits[:, 0], numbers))
+    for key in ("class_weights", "thresholds"):
+        with pytest.raises(ValueError, match=f"{key}=.*Expected 5 numbers"):
+            zoo.tiny_config(num_labels=5, **{key: [0.5, 0.5]})
+
+
 def test_a_regression_of_several_numbers_and_unimodal_ones():
     model = head(num_labels=2, problem_type="regression", auxiliary_loss_weight=1.0)
     labels = torch.randn(4, 2)

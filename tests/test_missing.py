@@ -186,7 +186,8 @@ def test_uncertainty_without_what_teaches_it_is_refused():
 def test_unimodal_losses_are_their_equation(labels, uncertain):
     logits, log_variances = torch.randn(4, 2, 3), torch.randn(4, 2)
     presence = torch.tensor([[True, True], [True, False], [True, True], [False, True]])
-    found = unimodal_losses(logits, labels, presence, log_variances if uncertain else None)
+    problem_type = "single_label_classification" if labels.dim() == 1 else "multi_label_classification"
+    found = unimodal_losses(logits, labels, presence, log_variances if uncertain else None, problem_type)
     for m in range(2):
         losses = []
         for row in range(4):
@@ -201,7 +202,8 @@ def test_unimodal_losses_are_their_equation(labels, uncertain):
                 loss = math.exp(-log_variances[row, m]) * loss + log_variances[row, m] / 2
             losses.append(loss)
         torch.testing.assert_close(found[m], sum(losses) / len(losses))
-    assert unimodal_losses(logits, labels, torch.zeros(4, 2, dtype=torch.bool)).tolist() == [0, 0]
+    nobody = torch.zeros(4, 2, dtype=torch.bool)
+    assert unimodal_losses(logits, labels, nobody, problem_type=problem_type).tolist() == [0, 0]
 
 
 def test_row_losses_average_to_the_loss_of_the_head():
@@ -209,8 +211,8 @@ def test_row_losses_average_to_the_loss_of_the_head():
     batch = zoo.tiny_batch(model.config)
     labels = torch.tensor([0, 1, -100, 3])
     output = model(**batch, labels=labels)
-    losses, counted = row_losses(output.logits, labels)
-    assert counted.tolist() == [True, True, False, True]
+    losses, counts = row_losses(output.logits, labels, "single_label_classification")
+    assert counts.tolist() == [1, 1, 0, 1]
     torch.testing.assert_close(losses.sum() / 3, output.loss)
 
 

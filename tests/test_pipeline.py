@@ -2,12 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from crossmodal.training.cli import app
 from transformers import AutoModel, AutoModelForVisualQuestionAnswering
 from world import COLORS, picture, run_as_stranger, tiny_processor_and_model
 
-from crossmodal import CrossModalForVQA, CrossModalVQAPipeline
+from crossmodal import (
+    CrossModalClassificationPipeline,
+    CrossModalForSequenceClassification,
+    CrossModalForVQA,
+    CrossModalVQAPipeline,
+    FeatureSequenceConfig,
+)
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +160,73 @@ def test_auto_classes_find_the_family_once_the_package_is_imported(tmp_path):
     model.save_pretrained(tmp_path)
     assert isinstance(AutoModelForVisualQuestionAnswering.from_pretrained(tmp_path), CrossModalForVQA)
     assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "CrossModalModel"
+
+
+# Classification
+
+
+def classifier(**overrides):
+    features = {"motion": FeatureSequenceConfig(feature_size=5, hidden_size=32, num_attention_heads=4)}
+    processor, model = tiny_processor_and_model(features, **overrides)
+    model = CrossModalForSequenceClassification(model.config).eval()
+    return CrossModalClassificationPipeline(model=model, processor=processor, task="crossmodal-classification")
+
+
+def test_any_subset_of_raw_inputs_is_classified():
+    pipe = classifier()
+    motion = np.random.default_rng(0).normal(size=(7, 5))
+    samples = [{"text": "which color?"}, {"image": picture(), "motion": motion}, {"text": "what?", "motion": motion}]
+    singles = [pipe(sample, top_k=3, return_modality_weights=True) for sample in samples]
+    for single, batched in zip(
+        singles, pipe(samples, top_k=3, return_modality_weights=True, batch_size=3), strict=True
+    ):
+        assert sum(item["score"] for item in single["labels"]) == pytest.approx(1, abs=1e-5)
+        assert [item["label"] for item in single["labels"]] == [item["label"] for item in batched["labels"]]
+        assert single["labels"][0]["score"] == pytest.approx(batched["labels"][0]["score"], abs=1e-5)
+    assert [round(w, 6) == 0 for w in singles[0]["modality_weights"].values()] == [True, False, True]
+    assert pipe(text="which color?") == singles[0]["labels"][:1] and len(pipe(samples)) == 3
+    with pytest.raises(ValueError, match="both given"):
+        pipe(samples, text="which color?")
+    with pytest.raises(ValueError, match="'txt' is no parameter"):
+        pipe(txt="which color?")
+
+
+def test_several_labels_hold_from_their_thresholds_on_and_a_regression_gives_its_number():
+    pipe = classifier(problem_type="multi_label_classification", thresholds=[0.0, 1.0, 0.0])
+    assert sorted(item["label"] for item in pipe(text="which color?")) == ["blue", "red"]
+    assert len(pipe(text="which color?", top_k=3)) == 3
+    pipe = classifier(problem_type="regression", id2label={0: "valence"})
+    (number,) = pipe(text="which color?")
+    with torch.no_grad():
+        expected = pipe.model(**pipe.processor(text="which color?")).logits.item()
+    assert number == {"label": "valence", "score": pytest.approx(expected)}
+
+
+def test_a_stranger_classifies_from_a_folder_and_so_does_the_command_line(tmp_path, capsys):
+    pipe = classifier()
+    pipe.model.save_pretrained(tmp_path / "m")
+    pipe.processor.save_pretrained(tmp_path / "m")
+    picture("blue").save(tmp_path / "blue.png")
+    np.save(tmp_path / "motion.npy", np.ones((3, 5), dtype=np.float32))
+    expected = pipe({"text": "which color?", "image": picture("blue"), "motion": np.ones((3, 5))}, top_k=2)
+    said = run_as_stranger(
+        """
+import json, sys
+import numpy as np
+from transformers import pipeline
+folder, image, motion = sys.argv[1:]
+pipe = pipeline("crossmodal-classification", model=folder, trust_remote_code=True)
+print(json.dumps(pipe({"text": "which color?", "image": image, "motion": np.load(motion)}, top_k=2)))
+""",
+        tmp_path / "m",
+        tmp_path / "blue.png",
+        tmp_path / "motion.npy",
+        cwd=tmp_path,
+    )
+    found = json.loads(said.splitlines()[-1])
+    given = [str(tmp_path / "m"), "--image", str(tmp_path / "blue.png"), "--text", "which color?"]
+    app(["predict", *given, "--input", f"motion={tmp_path / 'motion.npy'}", "--json"], standalone_mode=False)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])["labels"]
+    for labels in (found, printed[:2]):
+        assert [item["label"] for item in labels] == [item["label"] for item in expected]
+        assert labels[0]["score"] == pytest.approx(expected[0]["score"], abs=1e-5)

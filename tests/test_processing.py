@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from crossmodal.processing.reading_crossmodal import evenly
 from transformers import ASTFeatureExtractor, AutoProcessor, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from world import noise, picture, tiny_processor_and_model
 
@@ -175,7 +176,9 @@ def test_sound_is_extracted_with_a_mask_of_its_own(kind):
     ("audio", "rate", "said"),
     [
         ([noise(100)], None, "sampling rate"),
-        ([noise(100)], 8000, "expects 16000 Hz"),
+        ([noise(100)], -8000, "Expected Hz, above 0"),
+        ([b"RIFF"], None, "audio of row 0 is not readable as sound"),
+        (["no/such.wav"], None, "audio of row 0 is not readable as sound"),
         ([noise(0)], 16000, "empty clip"),
         ([np.array([0.0, np.nan], dtype=np.float32)], 16000, "not readable"),
         ([noise(2, 100)], 16000, "one finite channel"),
@@ -185,6 +188,27 @@ def test_bad_sound_is_named(audio, rate, said):
     processor = CrossModalProcessor(feature_extractor=Wav2Vec2FeatureExtractor())
     with pytest.raises(ValueError, match=said):
         processor(audio=audio, sampling_rate=rate)
+
+
+def test_sound_of_any_rate_and_from_files_is_heard_alike(tmp_path):
+    import soundfile
+
+    processor = CrossModalProcessor(feature_extractor=Wav2Vec2FeatureExtractor(do_normalize=False))
+    tone = [np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32) for rate in (8000, 16000, 44100)]
+    soundfile.write(tmp_path / "a.wav", tone[0], 8000)
+    soundfile.write(tmp_path / "b.flac", np.stack([tone[2]] * 2, axis=1), 44100)
+    data = (tmp_path / "a.wav").read_bytes()
+    sounds = [
+        {"array": tone[1], "sampling_rate": 16000},
+        str(tmp_path / "a.wav"),
+        tmp_path / "b.flac",
+        {"bytes": data},
+    ]
+    expected, *others = processor(audio=sounds)["input_values"]
+    assert expected.shape == (16000,)
+    for other in others:
+        # But for the ends, where a filter sees silence.
+        torch.testing.assert_close(other[200:-200], expected[200:-200], atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("parts", [{"vision"}, {"text"}, {"audio"}, {"vision", "text"}, {"vision", "text", "audio"}])
@@ -237,3 +261,27 @@ def test_frames_of_a_video_become_one_tensor():
     assert processor(videos=frames, text="a")["pixel_values_videos"].shape == (1, 2, 3, 32, 32)
     with pytest.raises(ValueError, match="same number"):
         processor(videos=[frames, frames[:1]], text=["a", "b"])
+
+
+def test_frames_are_drawn_at_even_distances():
+    assert evenly(8, 4) == [1, 3, 5, 7] and evenly(3, 3) == [0, 1, 2] and evenly(2, 4) == [0, 0, 1, 1]
+    processor = tiny_processor_and_model()[0]
+    processor.modalities.append(
+        {"name": "video", "type": "video", "values": "pixel_values_videos", "mask": None, "num_frames": 2}
+    )
+    clip = [picture(color) for color in ("red", "green", "blue", "red")]
+    array = np.stack([np.asarray(frame) for frame in clip])
+    made = processor(videos=[clip, clip[:2], array], text=["a"] * 3)["pixel_values_videos"]
+    assert made.shape == (3, 2, 3, 32, 32)
+    torch.testing.assert_close(made[0], processor(videos=[clip[1], clip[3]], text="a")["pixel_values_videos"][0])
+    torch.testing.assert_close(made[2], made[0])
+
+
+def test_a_video_that_nothing_here_can_read_says_what_to_install(tmp_path):
+    processor = tiny_processor_and_model()[0]
+    processor.modalities.append({"name": "video", "type": "video", "values": "pixel_values_videos", "mask": None})
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match=r"video of row 0 .*cannot be read|video files are read with one of \['av'"):
+        processor(videos=[str(tmp_path / "broken.mp4")], text=["a"])
+    with pytest.raises(ValueError, match=r"video of row 0 has shape \(0, 4, 4, 3\)"):
+        processor(videos=np.zeros((0, 4, 4, 3)), text=["a"])

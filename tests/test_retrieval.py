@@ -32,7 +32,7 @@ def test_embeddings_are_of_length_one_and_depend_on_their_own_modality_alone():
     torch.testing.assert_close(output.logits_per_image, scale * output.image_embeds @ output.text_embeds.T, **CLOSE)
 
 
-def test_embeddings_are_of_the_tokens_and_of_the_means_of_the_encoder():
+def test_embeddings_are_of_the_tokens_and_of_what_the_encoder_says_pooled():
     model = model_of()
     batch = zoo.tiny_batch(model.config)
     tower, encoded = model.towers["text"], model.crossmodal.encode(model.crossmodal._collect_inputs(batch))[0]["text"]
@@ -40,10 +40,9 @@ def test_embeddings_are_of_the_tokens_and_of_the_means_of_the_encoder():
     expected = tower.projection(tower.pooling(tokens, encoded.mask))
     for row in range(4):
         real = encoded.mask[row]
-        means = [
-            norm(level[row, real].mean(0)) for norm, level in zip(tower.shortcut.norms, encoded.levels, strict=True)
-        ]
-        expected[row] += tower.shortcut.projection.weight @ torch.cat(means)
+        pooled = [values for x in encoded.levels for values in (x[row, real].mean(0), x[row, real].amax(0))]
+        pooled = torch.cat([norm(vector) for norm, vector in zip(tower.shortcut.norms, pooled, strict=True)])
+        expected[row] += tower.shortcut.out_proj(torch.nn.functional.gelu(tower.shortcut.in_proj(pooled)))
     expected = expected / expected.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(model(**batch).text_embeds, expected, **CLOSE)
     assert model_of(pooled_shortcut=False).towers["text"].shortcut is None

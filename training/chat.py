@@ -4,7 +4,7 @@ from threading import Thread
 
 from transformers import TextIteratorStreamer
 
-from ..processing.processing_crossmodal import read_image
+from ..processing.reading_crossmodal import read_image
 
 
 class Conversation:

@@ -109,16 +109,22 @@ def predict(
     model: _MODEL,
     image: Annotated[str | None, typer.Option(help="Path or URL of an image.")] = None,
     text: Annotated[str | None, typer.Option(help="The question; of a captioner, the beginning of its text.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Number of answers.")] = 5,
+    audio: Annotated[str | None, typer.Option(help="Path of a sound file.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", metavar="NAME=FILE", help="Another modality, from a .npy file.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of answers or labels.")] = 5,
     num_beams: Annotated[int, typer.Option(min=1, help="Writing: beams of the search.")] = 1,
     as_json: _JSON = False,
 ):
-    """Answer a question about an image, or write about it; either may be left out."""
-    if image is None and text is None:
-        raise ValueError("nothing to predict from. Pass --image FILE, --text '...', or both.")
+    """Answer a question about an image, write about it, or classify what is given; any modality may be left out."""
+    if image is None and text is None and audio is None and not inputs:
+        raise ValueError("nothing to predict from. Pass --image FILE, --text '...', --audio FILE, or several.")
     _quiet()
     loaded, processor = _load(model)
     if type(loaded).__name__ == "CrossModalForCaptioning":
+        if audio or inputs:
+            raise ValueError("a model that writes is given --image and --text here; use its `generate` for others.")
         from .chat import written_about
 
         written = written_about(loaded, processor, image, text, num_beams=num_beams)
@@ -127,21 +133,39 @@ def predict(
         else:
             print(written)
         return
-    if type(loaded).__name__ != "CrossModalForVQA":
-        raise ValueError(
-            f"{model!r} holds a {type(loaded).__name__}, which `predict` does not serve. Use `crossmodal search` for retrieval, "
-            "and pipeline(model=..., trust_remote_code=True) for others."
-        )
-    from ..processing.pipeline_crossmodal import CrossModalVQAPipeline
+    from ..processing import pipeline_crossmodal
 
-    pipe = CrossModalVQAPipeline(model=loaded.eval(), processor=processor, task="visual-question-answering")
-    found = pipe({"image": image, "question": text}, top_k=top_k, return_modality_weights=True)
+    pipelines = {"CrossModalForVQA": "VQA", "CrossModalForSequenceClassification": "Classification"}
+    if type(loaded).__name__ not in pipelines:
+        raise ValueError(
+            f"{model!r} holds a {type(loaded).__name__}, which `predict` does not serve. Use `crossmodal search` for retrieval."
+        )
+    pipe = getattr(pipeline_crossmodal, f"CrossModal{pipelines[type(loaded).__name__]}Pipeline")
+    sample = {"image": image, "text": text, "audio": audio}
+    sample = {key: value for key, value in sample.items() if value is not None} | _arrays(inputs or ())
+    found = pipe(model=loaded.eval(), processor=processor)(sample, top_k=top_k, return_modality_weights=True)
     if as_json:
         _print_json(found)
         return
-    for answer in found["answers"]:
-        print(f"{answer['score']:7.2%}  {answer['answer']}")
+    number = loaded.config.problem_type == "regression"
+    for item in found.get("answers") or found["labels"]:
+        score = f"{item['score']:7.3f}" if number else f"{item['score']:7.2%}"
+        print(f"{score}  {item.get('answer') or item['label']}")
     print("weights  " + "  ".join(f"{name} {weight:.2f}" for name, weight in found["modality_weights"].items()))
+
+
+def _arrays(given):
+    """{modality: array} of `NAME=FILE.npy`."""
+    import numpy as np
+
+    found = {}
+    for item in given:
+        name, _, path = item.partition("=")
+        try:
+            found[name] = np.load(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--input {item}: {error}. Expected NAME=FILE with an array that numpy saved.") from error
+    return found
 
 
 @app.command()
@@ -229,7 +253,7 @@ def search(
         raise ValueError(f"the index {folder!r} does not say where its model is. Give it with --model.")
     loaded, processor = _load(source, "CrossModalForRetrieval")
     found = CrossModalIndex(folder, loaded, processor)
-    from ..processing.processing_crossmodal import read_image
+    from ..processing.reading_crossmodal import read_image
 
     query = {"text": text} if image is None else {"images": read_image(image)}
     hits = found.search(top_k=top_k, rerank=rerank, **query)

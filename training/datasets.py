@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import io
 import random
 import re
 from collections import Counter
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset, Sampler
 
-from ..processing.processing_crossmodal import read_image
+from ..processing.reading_crossmodal import read_image, read_sound
 
 
 @dataclass(frozen=True)
@@ -448,23 +447,6 @@ class RowDataset(Dataset):
             return read(row[column].get("bytes") or row[column].get("path"))
         except ValueError as error:
             raise ValueError(f"row {self.places[index][0]} of the dataset, column {column!r}: {error}") from error
-
-
-def read_sound(source):
-    """`{"array": (samples,) float32, "sampling_rate": Hz}` of a sound file, given as its bytes or path; channels are averaged.
-
-    Raises:
-        ValueError: if soundfile is not installed, or cannot read it.
-    """
-    try:
-        import soundfile
-    except ImportError as error:
-        raise ValueError("sound files are read with soundfile. Install it with `pip install soundfile`.") from error
-    try:
-        array, rate = soundfile.read(io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32")
-    except (soundfile.SoundFileError, TypeError) as error:
-        raise ValueError(f"not readable as sound: {error}") from error
-    return {"array": array if array.ndim == 1 else array.mean(axis=1), "sampling_rate": rate}
 
 
 @lru_cache(maxsize=64)

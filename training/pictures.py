@@ -226,7 +226,7 @@ def _on_grid(seen: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _as_image(value: Any) -> Image.Image:
-    from ..processing.processing_crossmodal import read_image
+    from ..processing.reading_crossmodal import read_image
 
     return read_image(value, "the image")  # as the model saw it, turned by its EXIF data
 
