@@ -34,7 +34,7 @@ ALIGNMENTS = ("recovery", "late_interaction")
 LOSS_WEIGHTINGS = ("fixed", "learned")
 REGRESSION_LOSSES = ("squared", "absolute")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes")
+ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes", "context")
 
 # What each type of encoder is given: its values and, where it has one, the mask of its real positions.
 TYPE_INPUTS = {
@@ -491,6 +491,12 @@ class CrossModalConfig(PreTrainedConfig):
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise ValueError(
                 f"modality {name!r}: max_tokens={limit!r}. Expected a whole number of at least 1, or None."
+            )
+        context = settings.get("context", 0)
+        if not isinstance(context, int) or context < 0 or (context and settings["type"] != "features"):
+            raise ValueError(
+                f"modality {name!r}: context={context!r} of type {settings['type']!r}. Expected a whole number of neighbours on each "
+                "side, of a modality of type 'features'."
             )
         return settings
 

@@ -15,14 +15,17 @@ def row_losses(logits, labels, problem_type, label_smoothing=0.0, class_weights=
         the probabilities (B,C) that mixing rows makes of labels. A row counts as its label does, one labelled -100 not.
     Several: binary cross entropy with scores (B,C) in [0,1], summed over classes, as bottom-up attention (Anderson et al. 2018,
         arXiv 1707.07998) and BridgeTower train VQA v2; weights are of what holds against what does not.
-    Real numbers (B,) or (B,C): mean of squares, or for "absolute" of absolute differences (see `regression_loss` of the config).
+    Real numbers (B,) or (B,C): mean of squares, or for "absolute" of absolute differences (see `regression_loss` of the config). A
+        row with NaN does not count.
 
     logits (B,C), class_weights (C,) or None. Returns (B,) and (B,).
     """
     logits, ones = logits.float(), logits.new_ones(len(logits), dtype=torch.float32)
     if problem_type in ("regression", "absolute"):
-        apart = logits - labels.view(logits.shape)
-        return (apart.abs() if problem_type == "absolute" else apart.square()).mean(-1), ones
+        labels = labels.view(logits.shape).float()
+        known = ~labels.isnan().any(-1)
+        apart = logits - torch.where(known[:, None], labels, logits.detach())
+        return (apart.abs() if problem_type == "absolute" else apart.square()).mean(-1), ones * known
     if problem_type == "multi_label_classification":
         losses = nn.functional.binary_cross_entropy_with_logits(
             logits, labels.float(), pos_weight=class_weights, reduction="none"

@@ -295,7 +295,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
         self.modality_types = nn.Embedding(len(config.modality_names), config.hidden_size)
         self.projections = nn.ModuleDict({name: ModalityProjection(config, name) for name in config.modality_names})
         self.fusion = FUSIONS[config.fusion_type](config)
-        self.poolings = nn.ModuleDict({name: TokenPooling(config) for name in config.modality_names})
+        self.poolings = nn.ModuleDict({name: TokenPooling(config, name) for name in config.modality_names})
         self.weighting = ModalityWeighting(config)
         if config.missing_tokens:
             self.missing_tokens = nn.Embedding(len(config.modality_names), config.hidden_size)

@@ -25,14 +25,16 @@ def masked_max(tokens, mask):
 
 
 class TokenPooling(nn.Module):
-    """Tokens of one modality to one vector: attention pooling, mean, or the first token.
+    """Tokens of one modality to one vector: attention pooling, mean, or the first token; of a modality whose steps are a row with
+    its neighbours (`context` of its entry), the token of the row itself.
 
     Attention pooling is the reduction of MCAN (Yu et al. 2019, arXiv 1906.10770): softmax over tokens of a small MLP.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, name=None):
         super().__init__()
-        self.kind = config.pooling
+        self.own_place = config.modality_settings[name].get("context", 0) if name else 0
+        self.kind = "own" if self.own_place else config.pooling
         if self.kind == "attention":
             self.score = nn.Sequential(
                 nn.Linear(config.hidden_size, config.hidden_size // 2),
@@ -44,7 +46,9 @@ class TokenPooling(nn.Module):
         """tokens (B,T,D), mask (B,T) or None. Returns (B,D); a row with no token gives 0."""
         if self.kind == "mean":
             return masked_mean(tokens, mask)
-        if self.kind == "first":
+        if self.kind == "own":
+            pooled = tokens[:, self.own_place]
+        elif self.kind == "first":
             # The first token that is real: with padding on the left that is not the first position.
             pooled = (
                 tokens[:, 0]

@@ -57,7 +57,7 @@ class CrossModalProcessor(ProcessorMixin):
         chat_template: for dialogue (Jinja, as everywhere in transformers); conversations are rendered with the one of
             chat_crossmodal.py if there is none.
         modalities: per modality, in the order of the model's `modality_names`, a dict with `name`, `type`, `values` and
-            `mask` (keys of the batch), `max_tokens`, `num_frames` of video, and `options` (arguments of its sub-processor, where
+            `mask` (keys of the batch), `max_tokens`, `num_frames` of video, `context` of features, and `options` (arguments of its sub-processor, where
             two modalities of a type differ). `from_config` writes them.
         writer: of a model that writes text, a dict with `bos_token_id`, `eos_token_id` and `max_tokens` (None: no limit).
 
@@ -152,6 +152,8 @@ class CrossModalProcessor(ProcessorMixin):
                 modality |= {} if positions is None else {"max_tokens": positions}
             if settings["type"] == "video" and getattr(getattr(config, f"{name}_config"), "num_frames", None):
                 modality["num_frames"] = getattr(config, f"{name}_config").num_frames
+            if settings.get("context"):
+                modality["context"] = settings["context"]
             if (options or {}).get(name):
                 modality["options"] = dict(options[name])
             modalities.append(modality)
@@ -273,7 +275,8 @@ class CrossModalProcessor(ProcessorMixin):
                 goes on with, `decoder_input_ids` hold both, and the labels of `text` are -100.
             padding, return_text_replacement_offsets: for callers that ask; batches are always padded.
             return_offsets_mapping: also give `offset_mapping` (B,T,2), where in the text each word begins and ends.
-            named: further modalities by name, and feature sequences (T,...) as arrays, tensors or lists of them. Also
+            named: further modalities by name, and feature sequences (T,...) as arrays, tensors, lists of them, or dicts of `array` and
+                `mask` (T,), which says what steps are real. Also
                 `<name>_tokens`: tokens (T,W) or (h,w,W) of a frozen encoder (`model.base_model.encode_tokens`), a list with
                 one array per row, in place of the raw inputs of that modality.
 
@@ -596,8 +599,11 @@ class CrossModalProcessor(ProcessorMixin):
         return made
 
     def _process_features_rows(self, modality, items, rows):
-        sequences = []
+        sequences, masks = [], []
         for row, item in zip(rows, items, strict=True):
+            there = None
+            if isinstance(item, dict):
+                item, there = item["array"], item.get("mask")
             sequence = torch.as_tensor(
                 np.asarray(item, dtype=np.float32) if not torch.is_tensor(item) else item
             ).float()
@@ -610,15 +616,29 @@ class CrossModalProcessor(ProcessorMixin):
                     f"features of row {row} ({modality['name']!r}) have shape {tuple(sequence.shape)}. Expected "
                     f"(steps, ...) with at least one step{' and the size of row 0' if sequences else ''}."
                 )
+            steps = 2 * modality.get("context", 0) + 1
+            if steps > 1 and len(sequence) == 1:
+                # By itself, without what stands beside it.
+                sequence, there = _in_the_middle(sequence, steps)
+            elif steps > 1 and len(sequence) != steps:
+                raise ValueError(
+                    f"features of row {row} ({modality['name']!r}) have {len(sequence)} steps. This model takes a row with "
+                    f"{steps // 2} neighbours on each side: {steps} steps and a mask of those that there are, or one step alone."
+                )
             if not torch.isfinite(sequence).all():
                 raise ValueError(
                     f"features of row {row} ({modality['name']!r}) contain NaN or infinity. Replace them, or give None "
                     "for a row without this modality."
                 )
+            there = torch.ones(len(sequence), dtype=torch.bool) if there is None else torch.as_tensor(there).bool()
+            if there.shape != (len(sequence),) or not there.any():
+                raise ValueError(
+                    f"features of row {row} ({modality['name']!r}) have {len(sequence)} steps and a mask of shape "
+                    f"{tuple(there.shape)} with {int(there.sum())} real ones. Expected one for each step, at least one real."
+                )
             sequences.append(sequence)
-        mask = torch.nn.utils.rnn.pad_sequence(
-            [torch.ones(len(sequence), dtype=torch.bool) for sequence in sequences], batch_first=True
-        )
+            masks.append(there)
+        mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
         values = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         return {modality["values"]: values, modality["mask"]: mask}
 
@@ -657,6 +677,13 @@ def _as_rows(kind, value):
         return list(value)
     single_axes = {"vision": 3, "audio": 1, "features": 2}.get(kind, 0)
     return list(value) if _axes(value) > single_axes else None
+
+
+def _in_the_middle(step, count):
+    """One step (1,...) amid `count`, and the mask of it (count,)."""
+    whole, mask = step.new_zeros(count, *step.shape[1:]), torch.zeros(count, dtype=torch.bool)
+    whole[count // 2], mask[count // 2] = step[0], True
+    return whole, mask
 
 
 def _axes(value):

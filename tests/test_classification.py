@@ -3,16 +3,23 @@
 import copy
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import zoo
+from crossmodal.training.classification import ClassificationTask, RegressionTask, SentimentTask
+from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
 from crossmodal.training.recipes import Recipe
-from crossmodal.training.tasks import ClassificationTask
 from crossmodal.training.train import train
 from world import TINY_RECIPE, picture, run_as_stranger
 
-from crossmodal import CrossModalForSequenceClassification
+from crossmodal import (
+    CrossModalConfig,
+    CrossModalForSequenceClassification,
+    CrossModalProcessor,
+    FeatureSequenceConfig,
+)
 
 
 def head(**overrides):
@@ -123,8 +130,171 @@ print(type(model).__name__, [model.config.id2label[i] for i in output.logits.arg
     assert "CrossModalForSequenceClassification" in said
 
 
-def test_weighted_f1_is_worked_by_hand():
-    scores = ClassificationTask.score_answers(["a", "a", "b", "b"], ["a", "b", "b", "b"])
+def test_f1_is_worked_by_hand():
+    task = ClassificationTask({0: "a", 1: "b"}, "single_label_classification")
+    scores = task.score_labels(["a", "a", "b", "b"], ["a", "b", "b", "b"])
     # a: precision 1/2, recall 1; b: precision 1, recall 2/3; weights 1/4 and 3/4.
     assert scores["accuracy"] == 0.75
+    assert (scores["f1_a"], scores["f1_b"]) == (pytest.approx(2 / 3), pytest.approx(0.8))
     assert scores["weighted_f1"] == pytest.approx(0.25 * (2 / 3) + 0.75 * 0.8)
+    assert scores["macro_f1"] == pytest.approx((2 / 3 + 0.8) / 2)
+    # A label that training never had is wrong whatever is chosen.
+    assert task.score_labels(["a", "b"], ["a", "z"])["accuracy"] == 0.5
+
+
+def test_calibration_error_is_worked_by_hand():
+    task = ClassificationTask({0: "a", 1: "b"}, "single_label_classification")
+    # Sure by 0.9 and right; by 0.9 and wrong; by 0.6 and right.
+    logits = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4]]).log()
+    found = task.score(logits, ["a", "a", "a"])
+    assert found["ece"] == pytest.approx(2 / 3 * abs(0.9 - 0.5) + 1 / 3 * abs(0.6 - 1), abs=1e-6)
+    assert task.confusion(logits, ["a", "a", "b"]).tolist() == [[1, 1], [1, 0]]
+
+
+def test_several_labels_are_scored_from_their_thresholds_on():
+    task = ClassificationTask.from_targets([["x"], ["x", "y"], []])
+    assert task.answers == {"id2label": {0: "x", 1: "y"}, "problem_type": "multi_label_classification"}
+    targets = [["x"], ["x", "y"], []]
+    assert task.encode_targets(targets).tolist() == [[1, 0], [1, 1], [0, 0]]
+    logits = torch.tensor([[0.8, 0.1], [0.9, 0.3], [0.6, 0.2]]).logit()
+    found = task.score(logits, targets)
+    assert found["accuracy"] == pytest.approx(1 / 3) and found["f1_x"] == pytest.approx(0.8) and found["f1_y"] == 0
+    assert found["map"] == 1.0
+    assert task.tune(logits, targets) == [pytest.approx(0.8), pytest.approx(0.3)]
+    assert task.score(logits, targets)["accuracy"] == 1.0
+    assert task.class_weights(targets) == [pytest.approx(1 / 2), 2.0]
+    assert ClassificationTask.from_targets(["a", "b", "b"]).class_weights(["a", "b", "b"]) == [1.5, 0.75]
+    assert task.majority([["x"], ["x"], ["y"]], targets)["f1_x"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [(["a", 1.5], "type float and str"), ([0.5, 1.5], "task 'regression'"), (["a", "a"], "1 labels occur")],
+)
+def test_labels_that_are_none_are_refused(targets, said):
+    with pytest.raises(ValueError, match=said):
+        ClassificationTask.from_targets(targets)
+
+
+def test_metrics_of_a_regression_and_of_sentiment_are_worked_by_hand():
+    found = RegressionTask().score([1.0, 2.0, 4.0], [1.0, 3.0, 2.0])
+    assert (
+        found["mae"] == 1.0 and found["rmse"] == pytest.approx((5 / 3) ** 0.5) and found["r2"] == pytest.approx(-1.5)
+    )
+    assert found["corr"] == pytest.approx(np.corrcoef([1, 2, 4], [1, 3, 2])[0, 1])
+    targets = [{"score": s, "label": label} for s, label in [(0.0, 1), (-1.6, 0), (2.4, 1), (float("nan"), 0)]]
+    found = SentimentTask().score([-0.2, -3.8, 1.6, -0.1], targets)
+    # Of all four rows; without the one that has no score; without the one that is 0.
+    assert (found["accuracy"], found["acc2_nonneg"], found["acc2_negpos"]) == (0.75, pytest.approx(2 / 3), 1.0)
+    # Rounded: 0, -2, 2 against 0, -3, 2.
+    assert found["acc7"] == pytest.approx(2 / 3) and found["mae"] == pytest.approx((0.2 + 2.2 + 0.8) / 3)
+    with pytest.raises(ValueError, match="row 1 has neither a score"):
+        SentimentTask.from_targets([targets[0], {"score": float("nan"), "label": None}])
+    with pytest.raises(ValueError, match="target of row 0 is 'good'"):
+        RegressionTask.from_targets(["good"])
+
+
+def test_a_row_without_a_number_teaches_nothing():
+    model = head(num_labels=1, problem_type="regression")
+    batch = zoo.tiny_batch(model.config)
+    output = model(**batch, labels=torch.tensor([1.0, float("nan"), 0.5, float("nan")]))
+    expected = torch.nn.functional.mse_loss(output.logits[[0, 2], 0], torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+# Context
+
+
+def utterance_rows(videos=6, segments=5):
+    """Rows of the schema of CMU-MOSI, out of order, whose sentiment is the mean sign of the words of the row and those beside it."""
+    draw, rows = np.random.default_rng(0), []
+    for video in range(videos):
+        signs = draw.choice([-1.0, 1.0], size=segments)
+        for segment in range(segments):
+            near = signs[max(0, segment - 1) : segment + 2].mean()
+            rows.append(
+                {
+                    "video": f"v{video}",
+                    "segment": segment,
+                    "text": "good" if signs[segment] > 0 else "bad",
+                    "text_values": (signs[segment] * np.array([1, -1, 2, -2]) + 0.1 * draw.normal(size=4)).tolist(),
+                    "audio_values": draw.normal(size=3).tolist(),
+                    "video_values": draw.normal(size=2).tolist(),
+                    "score": float(near),
+                    "label": int(near >= 0),
+                }
+            )
+    rows = [rows[i] for i in draw.permutation(len(rows))]
+    return datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
+
+
+def test_a_row_sees_its_neighbours_and_no_other_recording():
+    rows = utterance_rows(2, 3)
+    samples = RowDataset(rows, "sentiment", contexts={"text_features": 2})
+    for index, row in enumerate(rows):
+        found = samples[index]
+        others = {r["segment"]: r["text_values"] for r in rows if r["video"] == row["video"]}
+        assert found["audio_features"].shape == (1, 3)
+        for step in range(5):
+            segment = row["segment"] + step - 2
+            array, real = found["text_features"]["array"][step], found["text_features"]["mask"][step]
+            assert real == (segment in others)
+            np.testing.assert_allclose(array, others.get(segment, [0] * 4), atol=1e-6)
+    with pytest.raises(ValueError, match="parts of a recording"):
+        RowDataset(post_rows(4), "classification", contexts={"text": 1})
+    with pytest.raises(
+        ValueError, match=r"context of 'text'.*\['text_features', 'audio_features', 'video_features'\] are"
+    ):
+        RowDataset(rows, "sentiment", contexts={"text": 1})
+
+
+def test_what_lies_beyond_the_ends_changes_nothing_and_the_row_itself_is_pooled():
+    features = {
+        "words": {"config": FeatureSequenceConfig(feature_size=4, hidden_size=16, num_attention_heads=2), "context": 2}
+    }
+    config = CrossModalConfig(modalities=features, hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    model = CrossModalForSequenceClassification(config).eval()
+    processor = CrossModalProcessor.from_config(config)
+    array, mask = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32), [False, True, True, True, False]
+    batch = processor(words=[{"array": array, "mask": mask}])
+    logits = model(**batch).logits
+    batch["words_values"][:, [0, 4]] = 99.0
+    torch.testing.assert_close(model(**batch).logits, logits)
+    batch["words_values"][:, 1] *= -1.0
+    assert not torch.allclose(model(**batch).logits, logits)
+    # A row alone stands in the middle.
+    alone = processor(words=[array[2:3]])
+    assert alone["words_mask"].tolist() == [[False, False, True, False, False]]
+    np.testing.assert_allclose(alone["words_values"][0, 2], array[2])
+    with pytest.raises(ValueError, match="have 3 steps. This model takes a row with 2 neighbours on each side"):
+        processor(words=[array[:3]])
+    with pytest.raises(ValueError, match="context=3 of type 'text'"):
+        CrossModalConfig(modalities={"text": {"config": zoo.tiny_config().text_config, "context": 3}})
+
+
+def test_context_decides_what_a_row_alone_does_not_say(tmp_path):
+    features = {"model_type": "crossmodal_features", "feature_size": 4, "hidden_size": 16, "intermediate_size": 32}
+    features |= {"num_attention_heads": 2, "num_hidden_layers": 1}
+    values = {
+        "task": "sentiment",
+        "dataset": "made",
+        "model": {
+            "encoders": {"text_features": {"config": features, "context": 1}},
+            "config": {"hidden_size": 32, "intermediate_size": 64, "hidden_dropout": 0.0, "classifier_dropout": 0.0},
+        },
+        "training": TINY_RECIPE["training"] | {"num_train_epochs": 12, "learning_rate": 5e-3},
+    }
+    rows, held = utterance_rows(60, 6), utterance_rows(10, 6)
+    scores = []
+    for name, context in (("with", 1), ("alone", 0)):
+        recipe = copy.deepcopy(values) | {"output_dir": str(tmp_path / name)}
+        recipe["model"]["encoders"]["text_features"]["context"] = context
+        result = train(Recipe(**recipe, name=name), rows, held, write=lambda line: None)
+        scores.append(result["metrics"]["mae"])
+    assert scores[0] < 0.6 * scores[1]
+    # The folder knows its context: a saved model is measured as it was trained.
+    model = CrossModalForSequenceClassification.from_pretrained(tmp_path / "with")
+    processor = CrossModalProcessor.from_pretrained(tmp_path / "with")
+    assert evaluate(model, processor, held, "x", progress=False)["mae"] == pytest.approx(scores[0], abs=1e-4)

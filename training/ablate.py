@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..modeling.configuration_crossmodal import CrossModalConfig
 from .building import encoders_and_config
-from .datasets import RowDataset, load_rows, some_of
+from .datasets import RowDataset, contexts_of, load_rows, some_of
 from .recipes import nearest
 from .robustness import CorruptedDataset
 from .tasks import TASKS
@@ -192,7 +192,8 @@ def _score_with_missing(run, result, eval_rows, rate):
     if len(arguments) == 1:
         return {}
     rows = load_rows(run.dataset, run.eval_split) if eval_rows is None else eval_rows
-    whole = RowDataset(some_of(rows, run.max_eval_rows, run.seed), run.task)
+    contexts = contexts_of(model.config.modality_settings)
+    whole = RowDataset(some_of(rows, run.max_eval_rows, run.seed), run.task, contexts=contexts)
     samples = with_cached_tokens(run, model, processor, {"evaluation": whole}, lambda line: None)["evaluation"]
     task, found = TASKS[run.task].from_config(model.config), {}
     for name, argument in arguments.items():

@@ -82,9 +82,17 @@ def encoders_and_config(recipe):
 def build(recipe, task, datasets):
     """(model, processor) of a recipe. `task` says the labels; a tokenizer may be trained on the texts of `datasets`."""
     encoders, options = encoders_and_config(recipe)
+    wanted, own = options.get("problem_type"), task.answers.get("problem_type")
+    if wanted and own and wanted != own:
+        raise ValueError(
+            f"model.config.problem_type={wanted!r}, and the labels of task {recipe.task!r} are of {own!r}. Leave it out, or give "
+            "labels that fit: one string a row, a list of strings, or a number (task 'regression')."
+        )
     options |= task.answers
     if task.answers:
         options["label2id"] = task.label2id
+    if options.get("class_weights") == "balanced":
+        options["class_weights"] = task.class_weights(datasets[0].targets)
     sources = {name: entry["model"] for name, entry in encoders.items() if isinstance(entry["model"], str)}
     tokenizer = _tokenizer(recipe, sources, datasets)
     for name, entry in encoders.items():

@@ -321,12 +321,12 @@ def explain(
         if as_json:
             _print_json({key: record[key] for key in ("answers", "modality_weights", "gates")})
         return
-    from .datasets import RowDataset, load_rows, some_of
-    from .evaluate import task_of
+    from .datasets import load_rows, some_of
+    from .evaluate import samples_of, task_of
     from .explain import deletion_test
-    from .tasks import name_of
 
-    samples = RowDataset(some_of(load_rows(dataset, split, limit), limit, seed), name_of(task_of(loaded)))
+    rows = some_of(load_rows(dataset, split, limit), limit, seed)
+    samples = samples_of(loaded, rows, task_of(loaded, rows.column_names))
     names = loaded.config.modality_names
     tables = {}
     for name in names:

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from ..processing.reading_crossmodal import read_image, read_sound
@@ -30,6 +31,8 @@ class Adapter:
         several: column that may hold a list, each item of which makes a sample of its own (captions of an image), or None.
         items: of such a list to the numbers of its items that make a sample.
         take: (list, number) to what is the input then: the item itself, or the turns of a dialogue before it.
+        vectors: columns that hold one feature vector, or a sequence of them.
+        recording, place: row to what it is a part of, and to where in it, for those that have neighbours.
     """
 
     task: str
@@ -42,11 +45,14 @@ class Adapter:
     several: str | None = None
     items: Callable[[list], object] = lambda values: range(len(values))
     take: Callable[[list, int], object] = lambda values, item: values[item]
+    vectors: tuple[str, ...] = ()
+    recording: Callable[[dict], object] | None = None
+    place: Callable[[dict], object] | None = None
 
     @property
     def files(self):
         """Columns that are decoded only when a sample is read."""
-        return [*self.images, *self.sounds]
+        return [*self.images, *self.sounds, *self.vectors]
 
 
 def _annotators(row):
@@ -109,6 +115,34 @@ def _said(row):
     return {"text": content, "references": [content]}
 
 
+def _labelled(*columns, label=None, **options):
+    """An adapter of rows with a label in the last column."""
+    return Adapter("classification", columns, target=label or (lambda row: _label(row[columns[-1]])), **options)
+
+
+def _label(value):
+    """A label, or all that hold, as strings."""
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# Features of CMU-MOSI and MOSEI by utterance, in the order of the recording.
+_UTTERANCES = {
+    "inputs": {
+        "text": "text",
+        "text_features": "text_values",
+        "audio_features": "audio_values",
+        "video_features": "video_values",
+    },
+    "images": (),
+    "vectors": ("text_values", "audio_values", "video_values"),
+    "group": lambda row: row["video"],
+    "recording": lambda row: row["video"],
+    "place": lambda row: row["segment"],
+}
+_UTTERANCE_COLUMNS = ("video", "segment", "text", "text_values", "audio_values", "video_values")
+
 # Most specific schema first. A target of a VQA adapter is a string, the list of all annotators' answers, or the score of
 # every answer that holds.
 DATASETS = {
@@ -125,12 +159,45 @@ DATASETS = {
         # "1304-0": the first of the pictures that one sentence was written about.
         group=lambda row: str(row["identifier"]).rpartition("-")[0] if "identifier" in row else None,
     ),
-    "mvsa": Adapter(
-        "classification",
-        ("image", "text", "label"),
-        {"images": "image", "text": "text"},
-        lambda row: str(row["label"]),
-        group=lambda row: row.get("id"),
+    "mvsa": _labelled(
+        "image", "text", "label", inputs={"images": "image", "text": "text"}, group=lambda row: row.get("id")
+    ),
+    "mosi": _labelled(
+        *_UTTERANCE_COLUMNS,
+        "label",
+        **_UTTERANCES,
+        label=lambda row: "positive" if row["label"] else "negative",
+    ),
+    "mosi_scores": Adapter(
+        "sentiment",
+        (*_UTTERANCE_COLUMNS, "score"),
+        target=lambda row: {key: row.get(key) for key in ("score", "label")},
+        **_UTTERANCES,
+    ),
+    "sounds_and_images_of_a_class": _labelled(
+        "audio",
+        "image",
+        "class",
+        inputs={"audio": "audio", "images": "image"},
+        sounds=("audio",),
+        group=lambda row: None,
+    ),
+    "spoken_digits": _labelled(
+        "audio", "digit", inputs={"audio": "audio"}, images=(), sounds=("audio",), group=lambda row: None
+    ),
+    "labelled_sounds": _labelled(
+        "audio", "label", inputs={"audio": "audio"}, images=(), sounds=("audio",), group=lambda row: None
+    ),
+    "labelled_digits": _labelled("image", "digit", inputs={"images": "image"}),
+    "labelled_images": _labelled("image", "label", inputs={"images": "image"}),
+    "labelled_texts": _labelled("text", "label", inputs={"text": "text"}, images=(), group=lambda row: None),
+    "scored_texts": Adapter(
+        "regression",
+        ("text", "score"),
+        {"text": "text"},
+        lambda row: row["score"],
+        images=(),
+        group=lambda row: None,
     ),
     "fashion_titles": _pairs("image", "title"),
     # Several texts per image: COCO (Karpathy) and Flickr30K as they are on the Hub.
@@ -334,6 +401,11 @@ def join_rows(first, second, column):
     return datasets.concatenate_datasets([own, partners], axis=1)
 
 
+def contexts_of(entries):
+    """{modality: neighbours on each side} of entries or settings of modalities: see `RowDataset`."""
+    return {name: entry["context"] for name, entry in entries.items() if entry.get("context")}
+
+
 def some_of(rows, limit, seed):
     """`limit` of the rows, drawn with the seed; all of them if there are no more, or limit is None."""
     return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
@@ -363,9 +435,11 @@ class RowDataset(Dataset):
         rows: a `datasets.Dataset`.
         task: name of the task, which the adapter is looked up for.
         augment: name of an augmentation of `AUGMENTATIONS`, for training.
+        contexts: {input: K}: of that sequence of features a sample also holds the K rows before and behind it in its recording, as
+            `{"array": (2K+1,F), "mask": (2K+1,)}`, 0 in the mask beyond the ends. No other recording is looked at.
     """
 
-    def __init__(self, rows, task, augment=None):
+    def __init__(self, rows, task, augment=None, contexts=None):
         import datasets
 
         self.adapter_name = find_adapter(rows.column_names, task)
@@ -380,6 +454,9 @@ class RowDataset(Dataset):
         for column in self.adapter.sounds:
             rows = rows.cast_column(column, datasets.Audio(decode=False))
         self.rows = rows
+        self.contexts = {key: size for key, size in (contexts or {}).items() if size}
+        if self.contexts:
+            self._read_recordings(plain_rows=rows.remove_columns(self.adapter.files))
         # (row, item of the list in the column `several`, or None) of every sample.
         self.places = [(row, None) for row in range(len(rows))]
         several, plain = self.adapter.several, rows.remove_columns(self.adapter.files)
@@ -399,6 +476,41 @@ class RowDataset(Dataset):
         return self.adapter.target(
             row if item is None else row | {several: row[several][item], f"{several}_all": row[several]}
         )
+
+    def _read_recordings(self, plain_rows):
+        """Recordings as rows in order, and which place in which each row has; what their features are."""
+        if self.adapter.recording is None:
+            raise ValueError(
+                f"context={max(self.contexts.values())} needs rows that are parts of a recording, and those of schema "
+                f"{self.adapter_name!r} are not. Leave it out, or use data with `video` and `segment`."
+            )
+        self.neighbours, where = {}, {}
+        for row, values in enumerate(plain_rows):
+            where.setdefault(self.adapter.recording(values), []).append((self.adapter.place(values), row))
+        for parts in where.values():
+            order = [row for _, row in sorted(parts)]
+            self.neighbours |= {row: (order, place) for place, row in enumerate(order)}
+        columns = {key: self.adapter.inputs.get(key) for key in self.contexts}
+        if wrong := [key for key, column in columns.items() if column not in self.adapter.vectors]:
+            raise ValueError(
+                f"context of {wrong[0]!r}, which is no sequence of features of schema {self.adapter_name!r}: "
+                f"{[key for key, column in self.adapter.inputs.items() if column in self.adapter.vectors]} are."
+            )
+        # Read at once: a row is looked at by all that it is beside.
+        self.features = {
+            key: [None if values is None else np.asarray(values, dtype=np.float32) for values in self.rows[column]]
+            for key, column in columns.items()
+        }
+
+    def _in_context(self, row, key):
+        (order, place), size = self.neighbours[row], self.contexts[key]
+        own = self.features[key]
+        width = len(own[row]) if own[row] is not None else 0
+        array, mask = np.zeros((2 * size + 1, width), dtype=np.float32), np.zeros(2 * size + 1, dtype=bool)
+        for step, other in enumerate(range(place - size, place + size + 1)):
+            if 0 <= other < len(order) and own[order[other]] is not None:
+                array[step], mask[step] = own[order[other]], True
+        return {"array": array, "mask": mask}
 
     def __len__(self):
         return len(self.places)
@@ -440,6 +552,13 @@ class RowDataset(Dataset):
 
     def _read(self, index, row, key):
         column = self.adapter.inputs[key]
+        if column in self.adapter.vectors:
+            if row[column] is None:
+                return None
+            if key in self.contexts:
+                return self._in_context(self.places[index][0], key)
+            values = np.asarray(row[column], dtype=np.float32)
+            return values[None] if values.ndim == 1 else values
         if column not in self.adapter.files or row[column] is None:
             return self._item(row[column], column, self.places[index][1])
         read = read_sound if column in self.adapter.sounds else _read_once

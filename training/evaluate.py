@@ -1,6 +1,6 @@
 """A trained model on a split of a dataset."""
 
-from .datasets import RowDataset, load_rows
+from .datasets import DATASETS, RowDataset, contexts_of, load_rows
 from .tasks import TASKS, name_of
 
 
@@ -10,10 +10,17 @@ def task_of(model, columns=()):
     if head == "CrossModalForCaptioning":
         name = "dialogue" if "messages" in columns else "answering" if model.reads_text else "captioning"
         return TASKS[name].from_config(model.config)
+    if head == "CrossModalForSequenceClassification" and model.config.problem_type == "regression":
+        return TASKS["sentiment" if set(columns) >= set(DATASETS["mosi_scores"].columns) else "regression"]()
     for task in TASKS.values():
         if task.model_class == head:
             return task.from_config(model.config)
     raise ValueError(f"{type(model).__name__} has no task to evaluate. Heads that have: {list(TASKS)}.")
+
+
+def samples_of(model, rows, task):
+    """The RowDataset of rows as a model was trained on them."""
+    return RowDataset(rows, name_of(task), contexts=contexts_of(model.config.modality_settings))
 
 
 def evaluate(model, processor, dataset, split, batch_size=128, unknown_answers_wrong=False, progress=True, **options):
@@ -24,6 +31,6 @@ def evaluate(model, processor, dataset, split, batch_size=128, unknown_answers_w
         if name not in task.evaluate_options:
             allowed = list(task.evaluate_options) or "none"
             raise ValueError(f"{name} does not go with {type(model).__name__}. Options of its evaluation: {allowed}.")
-    samples = RowDataset(rows, name_of(task))
+    samples = samples_of(model, rows, task)
     task.check_targets(samples.targets, unknown_answers_wrong)
     return task.evaluate(model, processor, samples, batch_size, progress, **options)

@@ -30,7 +30,8 @@ class Recipe:
         rows_per_image: rows about one image (column `image_id`) that a training batch takes together; the image is then
             encoded once for all of them.
         model: `preset` or `encoders` (modality to Hub id, folder, or config with `model_type`, or
-            `{model: ..., levels: ...}`), `config` (fields of CrossModalConfig), `freeze`, and `decoder` of tasks that write
+            `{model: ..., levels: ..., context: ...}`), `config` (fields of CrossModalConfig; `class_weights: balanced` counts
+            the labels), `freeze`, and `decoder` of tasks that write
             (fields of TextDecoderConfig, or the Hub id or folder of a causal model).
         processor: `image_size` [height, width] for encoders without an image processor of their own; `tokenizer`: a Hub
             id or folder, or `train` to train one of `vocab_size` on the questions; `audio`: of audio encoders likewise,

@@ -9,9 +9,8 @@ from PIL import Image, ImageFilter
 from torch.utils.data import Dataset
 
 from ..processing.chat_crossmodal import is_conversation
-from .datasets import RowDataset, load_rows
-from .evaluate import task_of
-from .tasks import name_of
+from .datasets import load_rows
+from .evaluate import samples_of, task_of
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def robustness(model, processor, dataset, split, seed=0, batch_size=128, limit=N
     task = task_of(model, rows.column_names)
     if limit is not None and limit < len(rows):
         rows = rows.shuffle(seed=seed).select(range(limit))
-    samples = RowDataset(rows, name_of(task))
+    samples = samples_of(model, rows, task)
     task.check_targets(samples.targets, allow_unknown=True)
 
     def measured(data, **what):

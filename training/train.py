@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 from transformers import set_seed
 
-from .building import build
-from .datasets import RowDataset, hold_out, load_rows, some_of
+from .building import build, encoders_and_config
+from .datasets import RowDataset, contexts_of, hold_out, load_rows, some_of
 from .publish import export_folder, remove_unfinished
 from .tasks import TASKS
 from .token_cache import with_cached_tokens
@@ -42,12 +42,15 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     checkpoint = _claim_folder(recipe, output, fresh, write)
     set_seed(recipe.seed)
     train_rows = _rows(recipe, train_rows, recipe.train_split, recipe.max_train_rows)
-    eval_dataset = RowDataset(_rows(recipe, eval_rows, recipe.eval_split, recipe.max_eval_rows), recipe.task)
+    contexts = contexts_of(encoders_and_config(recipe)[0])
+    eval_rows = _rows(recipe, eval_rows, recipe.eval_split, recipe.max_eval_rows)
+    eval_dataset = RowDataset(eval_rows, recipe.task, contexts=contexts)
     choosing_dataset, chosen_on = eval_dataset, f"`{recipe.eval_split}` itself"
     if recipe.holdout:
         train_rows, held_out = hold_out(train_rows, recipe.task, recipe.holdout)
-        choosing_dataset, chosen_on = RowDataset(held_out, recipe.task), f"{len(held_out):,} held-out training rows"
-    train_dataset = RowDataset(train_rows, recipe.task, recipe.augment)
+        choosing_dataset = RowDataset(held_out, recipe.task, contexts=contexts)
+        chosen_on = f"{len(held_out):,} held-out training rows"
+    train_dataset = RowDataset(train_rows, recipe.task, recipe.augment, contexts)
     task = TASKS[recipe.task].from_targets(train_dataset.targets, recipe.min_answer_count)
     task.check_targets(eval_dataset.targets)
     if recipe.warm_up:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .building import build, encoders_and_config
-from .datasets import RowDataset, load_rows, some_of
+from .datasets import RowDataset, contexts_of, load_rows, some_of
 from .tasks import TASKS
 from .token_cache import with_cached_tokens
 from .trainer import DEFAULTS, component_of, fit, last_whole_checkpoint
@@ -32,7 +32,8 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
         stages.append(_of_its_own(stage, own) if "modalities" in own or "config" in own else stage)
         rows = load_rows(stage.dataset, stage.train_split, own.get("rows"))
         rows = some_of(rows, own.get("rows"), recipe.seed)
-        datasets.append(RowDataset(rows, stage.task, stage.augment))
+        contexts = contexts_of(encoders_and_config(stages[-1])[0])
+        datasets.append(RowDataset(rows, stage.task, stage.augment, contexts))
         tasks.append(TASKS[stage.task].from_targets(datasets[-1].targets))
     read = [train_dataset, *datasets]
 
