@@ -312,6 +312,8 @@ class CrossModalConfig(PreTrainedConfig):
         projection_dim: width of the embeddings of `CrossModalForRetrieval`.
         num_unimodal_layers: transformer layers of each modality by itself, of which its embedding is made and on which the
             cross-attention of retrieval stands.
+        pooled_features: in classification, the vector of each modality also sees mean and maximum of its encoder's own tokens,
+            by one linear layer: on few rows what a linear probe finds is most of what there is.
         pooled_shortcut: in retrieval, embeddings also see mean and maximum of the encoder's own tokens.
         contrastive_loss: `"info_nce"`, `"sigmoid"` (SigLIP) or `"triplet"` (hardest negatives, with `triplet_margin`).
         contrastive_chunk_size: rows of a tile of similarities of `info_nce` (None: all at once).
@@ -393,6 +395,7 @@ class CrossModalConfig(PreTrainedConfig):
     regression_loss: str = "squared"
     projection_dim: int = 256
     num_unimodal_layers: int = 0
+    pooled_features: bool = False
     pooled_shortcut: bool = True
     contrastive_loss: str = "info_nce"
     contrastive_chunk_size: int | None = None

@@ -33,7 +33,7 @@ from .encoders_crossmodal import (
 )
 from .fusion_crossmodal import FUSIONS, StaticGate
 from .kernels_crossmodal import initialise_kernel
-from .pooling_crossmodal import ModalityWeighting, TokenPooling, masked_mean
+from .pooling_crossmodal import ModalityWeighting, PooledShortcut, TokenPooling, masked_mean
 
 
 logger = logging.get_logger(__name__)
@@ -296,6 +296,10 @@ class CrossModalModel(CrossModalPreTrainedModel):
         self.projections = nn.ModuleDict({name: ModalityProjection(config, name) for name in config.modality_names})
         self.fusion = FUSIONS[config.fusion_type](config)
         self.poolings = nn.ModuleDict({name: TokenPooling(config, name) for name in config.modality_names})
+        if config.pooled_features:
+            self.shortcuts = nn.ModuleDict(
+                {name: PooledShortcut(config, name, config.hidden_size) for name in config.modality_names}
+            )
         self.weighting = ModalityWeighting(config)
         if config.missing_tokens:
             self.missing_tokens = nn.Embedding(len(config.modality_names), config.hidden_size)
@@ -506,10 +510,21 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 masks[name] = place | (~absent[:, None] if masks[name] is None else masks[name])
         return levels, masks, shared
 
-    def fuse(self, levels, masks, presence, shared=None, output_attentions=False, task_ids=None, return_tokens=True):
+    def fuse(
+        self,
+        levels,
+        masks,
+        presence,
+        shared=None,
+        output_attentions=False,
+        task_ids=None,
+        return_tokens=True,
+        beside=None,
+    ):
         """Cross-modal layers, pooling and modality weights.
 
-        levels and masks as `project` gives them; shared {modality: EncodedModality} where several rows share an input.
+        levels and masks as `project` gives them; shared {modality: EncodedModality} where several rows share an input; beside
+        {modality: (B,D)}, of `pooled_features`, None without.
         Returns tokens {modality: (B,T_m,D)} if wanted, else None, modality embeddings (B,M,D), weights (B,M), log variances
         (B,M) or None, pooled (B,D), attentions.
         """
@@ -526,6 +541,8 @@ class CrossModalModel(CrossModalPreTrainedModel):
             else self.poolings[name](stream, masks[name])
             for name, stream in tokens.items()
         }
+        if beside is not None:
+            pooled = {name: vector + beside[name] for name, vector in pooled.items()}
         embeddings = self._by_modality(pooled)
         weights, log_variances = self.weighting(embeddings, presence, task_ids)
         fused = 0
@@ -541,15 +558,16 @@ class CrossModalModel(CrossModalPreTrainedModel):
         some = next(iter(vectors.values()))
         return torch.stack([vectors.get(name, torch.zeros_like(some)) for name in self.config.modality_names], dim=1)
 
-    def pool_unimodal(self, levels, masks, shared):
+    def pool_unimodal(self, levels, masks, shared, beside=None):
         """Mean of each modality's deepest projected tokens, before any fusion. Arguments of `fuse`; returns (B,M,D)."""
+        pooled = {
+            name: shared[name].spread(masked_mean(depths[-1], shared[name].mask))
+            if name in shared
+            else masked_mean(depths[-1], masks[name])
+            for name, depths in levels.items()
+        }
         return self._by_modality(
-            {
-                name: shared[name].spread(masked_mean(depths[-1], shared[name].mask))
-                if name in shared
-                else masked_mean(depths[-1], masks[name])
-                for name, depths in levels.items()
-            }
+            pooled if beside is None else {name: vector + beside[name] for name, vector in pooled.items()}
         )
 
     def _check_task_ids(self, task_ids):
@@ -623,9 +641,11 @@ class CrossModalModel(CrossModalPreTrainedModel):
         encoded, presence = self.encode(collected, modality_mask)
         levels, masks = self.project(encoded)
         shared = {name: item for name, item in encoded.items() if item.index is not None or item.present is not None}
-        wanted = return_tokens or bool(output_hidden_states)
+        wanted, beside = return_tokens or bool(output_hidden_states), None
+        if self.config.pooled_features:
+            beside = {n: item.spread(self.shortcuts[n](item.levels, item.mask)) for n, item in encoded.items()}
         tokens, embeddings, weights, log_variances, pooled, attentions = self.fuse(
-            levels, masks, presence, shared, bool(output_attentions), task_ids, wanted
+            levels, masks, presence, shared, bool(output_attentions), task_ids, wanted, beside
         )
         last_hidden_state, attention_mask = None, None
         if return_tokens:
@@ -637,7 +657,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
             pooler_output=pooled,
             modality_weights=weights,
             modality_embeddings=embeddings,
-            unimodal_embeddings=self.pool_unimodal(levels, masks, shared)
+            unimodal_embeddings=self.pool_unimodal(levels, masks, shared, beside)
             if self.config.auxiliary_loss_weight
             else None,
             modality_log_variances=log_variances,

@@ -64,6 +64,64 @@ class TokenPooling(nn.Module):
         return pooled if mask is None else pooled.masked_fill(~mask.any(dim=1)[:, None], 0.0)
 
 
+class StandardisedNorm(nn.LayerNorm):
+    """LN((x - mu) / sigma), with mean and deviation of every feature over the training rows (`standardise`; 0 and 1 until then).
+
+    Features of a frozen encoder differ in size by orders of magnitude, and LN alone leaves that as it is.
+    """
+
+    def __init__(self, size, eps):
+        super().__init__(size, eps=eps)
+        self.register_buffer("shift", torch.empty(size))
+        self.register_buffer("scale", torch.empty(size))
+        self.initial_values = {"shift": 0.0, "scale": 1.0}
+
+    @torch.no_grad()
+    def standardise(self, rows):
+        """Takes mean and deviation of features (N,size). One that hardly varies keeps its size."""
+        deviation = rows.std(dim=0, correction=0)
+        self.shift.copy_(rows.mean(dim=0))
+        self.scale.copy_(1 / torch.where(deviation < 1e-3, torch.ones_like(deviation), deviation))
+
+    def forward(self, vectors):
+        return super().forward((vectors - self.shift) * self.scale)
+
+
+class PooledShortcut(nn.Module):
+    """Mean and maximum of an encoder's own tokens at each tapped depth, past the fusion:
+    W [LN(mean X^1), LN(max X^1), LN(mean X^2), ...], or with a hidden layer W_2 GELU(W_1 [...]).
+
+    What a probe of the encoder finds needs no training of tokens to be found, and is not lost in their narrower width. Features of
+    frozen encoders are standardised over the training rows (`StandardisedNorm`). Of a row with its neighbours (`context`) its own
+    token counts, in place of mean and maximum.
+    """
+
+    def __init__(self, config, name, width, hidden_width=None):
+        super().__init__()
+        self.own_place = config.modality_settings[name].get("context", 0)
+        sizes = config.level_sizes_of(name)
+        widths = [sizes[level] for level in config.levels_of(name) for _ in range(1 if self.own_place else 2)]
+        self.norms = nn.ModuleList([StandardisedNorm(size, config.layer_norm_eps) for size in widths])
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.in_proj = None if hidden_width is None else nn.Linear(sum(widths), hidden_width)
+        self.out_proj = nn.Linear(hidden_width or sum(widths), width, bias=False)
+
+    def pool(self, levels, mask):
+        """levels [(U,T,D_k)] as the encoder gave them, mask (U,T) or None. Returns [(U,D_k)], of each level one or two."""
+        levels = [level.to(self.out_proj.weight.dtype) for level in levels]
+        if self.own_place:
+            return [level[:, self.own_place] for level in levels]
+        return [pool(level, mask) for level in levels for pool in (masked_mean, masked_max)]
+
+    def forward(self, levels, mask):
+        """Arguments of `pool`. Returns (U,width)."""
+        pooled = [norm(vector) for norm, vector in zip(self.norms, self.pool(levels, mask), strict=True)]
+        found = self.dropout(torch.cat(pooled, dim=-1))
+        if self.in_proj is not None:
+            found = self.dropout(nn.functional.gelu(self.in_proj(found)))
+        return self.out_proj(found)
+
+
 class ModalityWeighting(nn.Module):
     """One weight per modality and row, over the modalities present, given the task k where a model serves several.
 

@@ -33,7 +33,7 @@ from .contrastive_crossmodal import (
 from .encoders_crossmodal import EncodedModality
 from .heads_crossmodal import ClassificationHead
 from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel
-from .pooling_crossmodal import TokenPooling, masked_max, masked_mean
+from .pooling_crossmodal import PooledShortcut, TokenPooling
 
 
 @dataclass
@@ -136,37 +136,14 @@ class LossWeights(nn.Module):
         return dict(zip(self.names, self.log_variances, strict=True))
 
 
-class PooledShortcut(nn.Module):
-    """Mean and maximum of an encoder's own tokens at each tapped depth, by one hidden layer to the embedding:
-    W_2 GELU(W_1 [LN(mean X^1), LN(max X^1), LN(mean X^2), ...]).
-
-    What a probe of the encoder finds needs no training of tokens to be found, and is not lost in their narrower width.
-    """
-
-    def __init__(self, config, name):
-        super().__init__()
-        sizes = config.level_sizes_of(name)
-        widths = [sizes[level] for level in config.levels_of(name) for _ in ("mean", "max")]
-        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for width in widths])
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.in_proj = nn.Linear(sum(widths), 4 * config.projection_dim)
-        self.out_proj = nn.Linear(4 * config.projection_dim, config.projection_dim, bias=False)
-
-    def forward(self, levels, mask):
-        """levels [(U,T,D_k)], mask (U,T) or None. Returns (U,E)."""
-        levels = [level.to(self.in_proj.weight.dtype) for level in levels]
-        pooled = [pool(level, mask) for level in levels for pool in (masked_mean, masked_max)]
-        pooled = [norm(vector) for norm, vector in zip(self.norms, pooled, strict=True)]
-        hidden = nn.functional.gelu(self.in_proj(self.dropout(torch.cat(pooled, dim=-1))))
-        return self.out_proj(self.dropout(hidden))
-
-
 class ModalityTower(nn.Module):
     """Projected tokens of one modality to tokens that know each other, and to one embedding."""
 
     def __init__(self, config, name):
         super().__init__()
-        self.shortcut = PooledShortcut(config, name) if config.pooled_shortcut else None
+        self.shortcut = None
+        if config.pooled_shortcut:
+            self.shortcut = PooledShortcut(config, name, config.projection_dim, 4 * config.projection_dim)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = nn.ModuleList([SelfAttentionBlock(config) for _ in range(config.num_unimodal_layers)])
         self.mlp = nn.ModuleList([FeedForwardBlock(config) for _ in range(config.num_unimodal_layers)])
@@ -242,6 +219,10 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         if len(config.modality_names) < 2:
             raise ValueError(
                 f"CrossModalForRetrieval compares modalities, and modality_names={config.modality_names} has one. Give two."
+            )
+        if config.pooled_features:
+            raise ValueError(
+                "pooled_features=True is for heads that classify; embeddings of CrossModalForRetrieval have pooled_shortcut."
             )
         config.custom_pipelines = {
             "crossmodal-retrieval": {

@@ -20,7 +20,7 @@ except ImportError:
     Image = None
 
 
-def read_sound(source, where="sound"):
+def read_sound(source, where="sound file"):
     """`{"array": (samples,) float32, "sampling_rate": Hz}` of a sound file: its path, its bytes, or a dict with either. Channels are
     averaged.
 
@@ -36,7 +36,7 @@ def read_sound(source, where="sound"):
     try:
         array, rate = soundfile.read(io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32")
     except (soundfile.SoundFileError, TypeError, OSError) as error:
-        raise ValueError(f"{where} is not readable as sound: {error}") from error
+        raise ValueError(f"{where}: not readable as sound: {error}") from error
     return {"array": array if array.ndim == 1 else array.mean(axis=1), "sampling_rate": rate}
 
 

@@ -11,8 +11,9 @@ from crossmodal.training.classification import ClassificationTask, RegressionTas
 from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
 from crossmodal.training.recipes import Recipe
+from crossmodal.training.statistics import take_statistics
 from crossmodal.training.train import train
-from world import TINY_RECIPE, picture, run_as_stranger
+from world import TINY_RECIPE, picture, run_as_stranger, tiny_processor_and_model
 
 from crossmodal import (
     CrossModalConfig,
@@ -202,6 +203,71 @@ def test_a_row_without_a_number_teaches_nothing():
     torch.testing.assert_close(output.loss, expected)
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+# What a linear probe would find
+
+
+def test_pooled_features_stand_beside_the_fused_tokens():
+    model = head(pooled_features=True, auxiliary_loss_weight=1.0).double()
+    batch = zoo.tiny_batch(model.config)
+    base = model.crossmodal
+    encoded, presence = base.encode(base._collect_inputs(batch))
+    levels, masks = base.project(encoded)
+    plain = base.fuse(levels, masks, presence)[1]
+    unimodal = base.pool_unimodal(levels, masks, {})
+    output = base(**batch)
+    for index, (name, item) in enumerate(encoded.items()):
+        shortcut = base.shortcuts[name]
+        for row in range(4):
+            real = slice(None) if item.mask is None else item.mask[row]
+            pooled = [values for x in item.levels for values in (x[row, real].mean(0), x[row, real].amax(0))]
+            pooled = torch.cat([norm(vector) for norm, vector in zip(shortcut.norms, pooled, strict=True)])
+            own = shortcut.out_proj.weight @ pooled
+            torch.testing.assert_close(output.modality_embeddings[row, index], plain[row, index] + own)
+            torch.testing.assert_close(output.unimodal_embeddings[row, index], unimodal[row, index] + own)
+
+
+def test_features_of_frozen_encoders_are_standardised_over_the_training_rows(tmp_path):
+    processor, model = tiny_processor_and_model(pooled_features=True, frozen_modalities=["vision"])
+    model = CrossModalForSequenceClassification(model.config)
+    rows = post_rows(9).to_list()
+    rows = datasets.Dataset.from_list(
+        [row | {"image": None if i == 4 else row["image"]} for i, row in enumerate(rows)]
+    )
+    samples = RowDataset(rows.cast_column("image", datasets.Image()), "classification")
+    assert take_statistics(model, processor, samples, batch_size=4, progress=False) == ["vision"]
+    with torch.no_grad():
+        batch = processor(images=[samples[i]["images"] for i in range(9) if i != 4])
+        item = model.eval().crossmodal.encode(model.crossmodal._collect_inputs(batch))[0]["vision"]
+    found = [x.mean(1) if n % 2 == 0 else x.amax(1) for x in item.levels for n in range(2)]
+    for norm, vectors in zip(model.crossmodal.shortcuts["vision"].norms, found, strict=True):
+        torch.testing.assert_close(norm.shift, vectors.mean(0), rtol=1e-4, atol=1e-5)
+        scaled = (vectors - norm.shift) * norm.scale
+        varies = vectors.std(0, correction=0) > 1e-3
+        torch.testing.assert_close(
+            scaled.std(0, correction=0)[varies], torch.ones(int(varies.sum())), rtol=1e-3, atol=0
+        )
+    words = model.crossmodal.shortcuts["text"].norms[0]
+    assert words.shift.eq(0).all() and words.scale.eq(1).all()
+    model.save_pretrained(tmp_path)
+    loaded = CrossModalForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(
+        loaded.crossmodal.shortcuts["vision"].norms[0].scale, model.crossmodal.shortcuts["vision"].norms[0].scale
+    )
+
+
+def test_pooled_features_of_absent_and_shared_inputs():
+    model = head(pooled_features=True)
+    batch = zoo.tiny_batch(model.config)
+    mask = torch.tensor([[True, True], [False, True], [True, False], [True, True]])
+    expected = model(**batch, modality_mask=mask).logits
+    hidden = batch | {"pixel_values": batch["pixel_values"].clone()}
+    hidden["pixel_values"][1] = 99.0
+    torch.testing.assert_close(model(**hidden, modality_mask=mask).logits, expected)
+    shared = batch | {"pixel_values": batch["pixel_values"][:2], "pixel_values_index": torch.tensor([0, 1, 1, 0])}
+    spread = batch | {"pixel_values": batch["pixel_values"][[0, 1, 1, 0]]}
+    torch.testing.assert_close(model(**shared).logits, model(**spread).logits, rtol=1e-4, atol=1e-5)
 
 
 # Context

@@ -92,7 +92,7 @@ def test_two_datasets_are_joined_on_a_class(tmp_path):
 def test_a_broken_sound_is_named_with_its_row():
     columns = {"audio": [{"bytes": b"RIFF nothing", "path": None}], "image": [picture()], "class": [0]}
     rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    with pytest.raises(ValueError, match="row 0 of the dataset, column 'audio': not readable as sound"):
+    with pytest.raises(ValueError, match="row 0 of the dataset, column 'audio': sound file: not readable as sound"):
         RowDataset(rows, "retrieval")[0]
 
 

@@ -177,8 +177,8 @@ def test_sound_is_extracted_with_a_mask_of_its_own(kind):
     [
         ([noise(100)], None, "sampling rate"),
         ([noise(100)], -8000, "Expected Hz, above 0"),
-        ([b"RIFF"], None, "audio of row 0 is not readable as sound"),
-        (["no/such.wav"], None, "audio of row 0 is not readable as sound"),
+        ([b"RIFF"], None, "audio of row 0: not readable as sound"),
+        (["no/such.wav"], None, "audio of row 0: not readable as sound"),
         ([noise(0)], 16000, "empty clip"),
         ([np.array([0.0, np.nan], dtype=np.float32)], 16000, "not readable"),
         ([noise(2, 100)], 16000, "one finite channel"),

@@ -12,6 +12,7 @@ from transformers import set_seed
 from .building import build, encoders_and_config
 from .datasets import RowDataset, contexts_of, hold_out, load_rows, some_of
 from .publish import export_folder, remove_unfinished
+from .statistics import take_statistics
 from .tasks import TASKS
 from .token_cache import with_cached_tokens
 from .trainer import DEFAULTS, fit, last_whole_checkpoint, score
@@ -66,6 +67,8 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     )
     datasets = {"training": train_dataset, "choosing": choosing_dataset, "evaluation": eval_dataset}
     datasets = with_cached_tokens(recipe, model, processor, datasets, write)
+    if checkpoint is None and not recipe.warm_up:
+        take_statistics(model, processor, datasets["training"])
     training = {**DEFAULTS, "metric_for_best_model": task.main_metric, **recipe.training}
     trainer = fit(
         model,
