@@ -202,7 +202,12 @@ class ClassificationTask(Task):
         targets = self.encode_targets(training.targets).numpy()
         kept = slice(None) if self.several else targets >= 0
         learner = LogisticRegressionCV(
-            Cs=[1e-4, 1e-3, 1e-2, 1e-1, 1.0], cv=3, max_iter=1000, l1_ratios=(0,), use_legacy_attributes=False
+            Cs=[1e-4, 1e-3, 1e-2, 1e-1, 1.0],
+            cv=3,
+            max_iter=1000,
+            l1_ratios=(0,),
+            use_legacy_attributes=False,
+            scoring="accuracy",
         )
         learner = OneVsRestClassifier(learner) if self.several else learner
         fitted = make_pipeline(StandardScaler(), learner).fit(sets[0][kept], targets[kept])

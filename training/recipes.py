@@ -47,6 +47,7 @@ class Recipe:
             it does not share; or, with `keep`, only those components (as in `learning_rates`), and others start afresh:
             a stage whose questions say little teaches fusion not to read them. Such a stage may train a model of its
             own: `modalities` (some of those of the run) and `config` (over `model.config`), and may serve another `task`.
+        mixing: of classification, arguments of `MixingCollator` (mixing.py): `mixup`, `time_cutmix`, SpecAugment.
         early_stopping_patience: evaluations without progress before training stops; None never stops.
     """
 
@@ -69,6 +70,7 @@ class Recipe:
     training: dict = field(default_factory=dict)
     early_stopping_patience: int | None = None
     gradient_cache: int | None = None
+    mixing: dict = field(default_factory=dict)
     warm_up: list[dict] = field(default_factory=list)
     name: str = ""
 
@@ -107,6 +109,8 @@ class Recipe:
                 f"gradient_cache={self.gradient_cache} with task={self.task!r}. Expected a number of rows for task 'retrieval'; "
                 "others have losses of single rows: use training.gradient_accumulation_steps."
             )
+        if self.mixing and self.task not in ("classification", "regression", "sentiment", "vqa"):
+            raise ValueError(f"mixing={self.mixing} with task={self.task!r}: only labels and numbers can be mixed.")
         if bool(self.model.get("preset")) == bool(self.model.get("encoders")):
             raise ValueError("model: give either `preset` or `encoders`, one of the two.")
         names = list(self.model.get("encoders") or load_preset(self.model["preset"])["modalities"])

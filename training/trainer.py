@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .collator import SampleCollator
 from .datasets import GroupedSampler
 from .gradient_cache import backward_in_parts
+from .mixing import MixingCollator
 
 
 class TrainingDiverged(ValueError):
@@ -32,10 +33,14 @@ class CrossModalTrainer(Trainer):
             (everything else of the base model) and `head`; those not named take `args.learning_rate`.
         rows_per_image: rows about one image that a training batch takes together, where the dataset has `groups`.
         gradient_cache: of `CrossModalForRetrieval`, rows that are encoded at a time (see gradient_cache.py).
+        train_collator: of training batches, where they are made otherwise than those of evaluation (see mixing.py).
     """
 
-    def __init__(self, *args, learning_rates=None, rows_per_image=1, gradient_cache=None, **kwargs):
+    def __init__(
+        self, *args, learning_rates=None, rows_per_image=1, gradient_cache=None, train_collator=None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
+        self.train_collator = train_collator
         self.gradient_cache = gradient_cache
         self.learning_rates = dict(learning_rates or {})
         self.rows_per_image = rows_per_image
@@ -53,6 +58,13 @@ class CrossModalTrainer(Trainer):
                     f"learning_rates has {component!r}. Expected any of {[*names, 'fusion', 'head']}: the encoders by "
                     "modality name, the fusion and the head."
                 )
+
+    def get_train_dataloader(self):
+        plain, self.data_collator = self.data_collator, self.train_collator or self.data_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -294,6 +306,11 @@ def fit(model, processor, task, train_dataset, eval_dataset, training, folder, r
         callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
     if task.writes:
         task.begin(model, processor, train_dataset.targets)
+    mixed = None
+    if recipe.mixing:
+        own = SampleCollator(processor, task.encode_targets, row_ids=True)
+        config = model.config
+        mixed = MixingCollator(own, processor.modalities, config.num_labels, config.problem_type, **recipe.mixing)
     trainer = CrossModalTrainer(
         model=model,
         args=TrainingArguments(output_dir=str(folder), seed=recipe.seed, remove_unused_columns=False, **training),
@@ -305,6 +322,7 @@ def fit(model, processor, task, train_dataset, eval_dataset, training, folder, r
         learning_rates=recipe.learning_rates,
         rows_per_image=recipe.rows_per_image,
         gradient_cache=recipe.gradient_cache,
+        train_collator=mixed,
     )
     if eval_dataset is not None:
         _score_on(trainer, task, eval_dataset)
