@@ -13,6 +13,7 @@ from crossmodal.training.evaluate import evaluate
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.statistics import take_statistics
 from crossmodal.training.train import train
+from PIL import Image
 from world import TINY_RECIPE, picture, run_as_stranger, tiny_processor_and_model
 
 from crossmodal import (
@@ -109,9 +110,15 @@ def test_a_run_on_labelled_posts_ends_in_a_folder_that_a_stranger_loads(tmp_path
         "output_dir": str(tmp_path / "m"),
     }
     values["training"]["num_train_epochs"] = 5
+    values["compare"] = ["concat", "text alone"]
     result = train(Recipe(**values, name="posts"), post_rows(48), post_rows(12), write=lambda line: None)
-    assert result["metrics"]["accuracy"] == 1.0 == result["metrics"]["weighted_f1"]
+    assert result["metrics"]["accuracy"] == 1.0 == result["metrics"]["weighted_f1"] == result["metrics"]["f1_red"]
+    assert set(result["baselines"]) == {"concat", "text alone"} and result["baselines"]["concat"]["accuracy"] > 0.3
     card = (tmp_path / "m" / "README.md").read_text()
+    assert "| concat |" in card and "F1 by label: blue 1.0000" in card and "f1_blue" not in card.split("---")[2]
+    for name in ("confusion", "reliability", "learning_curves"):
+        assert f"({name}.png)" in card
+        assert min(Image.open(tmp_path / "m" / f"{name}.png").size) > 200
     assert "AutoModelForSequenceClassification" in card and "processor(images=..., text=...)" in card
     assert "weighted_f1" in card and "into 3 classes" in card
     assert evaluate(result["model"], result["processor"], post_rows(6), "x", progress=False)["accuracy"] == 1.0

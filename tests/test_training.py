@@ -16,6 +16,7 @@ from crossmodal.training.datasets import RowDataset, hold_out
 from crossmodal.training.evaluate import evaluate
 from crossmodal.training.publish import export_folder
 from crossmodal.training.recipes import Recipe
+from crossmodal.training.seeds import seeds_table, train_seeds
 from crossmodal.training.tasks import VQATask
 from crossmodal.training.train import recipe_text, train
 from crossmodal.training.trainer import TrainingDiverged, last_whole_checkpoint
@@ -418,3 +419,21 @@ def test_rows_with_many_true_answers_are_scored(tmp_path):
     scores = task.score_answers(["2 red", "1 red"], [{"1 red": 1.0, "2 red": 1.0}, {"1 blue": 1.0}])
     assert scores == {"accuracy": 0.5, "vqa_accuracy": 0.5}
     assert task.majority([{"1 red": 1.0}] * 2, [{"1 red": 1.0}])["accuracy"] == 1.0
+
+
+def test_seeds_are_trained_once_each_and_summed_up(tmp_path):
+    values = copy.deepcopy(TINY_RECIPE) | {"dataset": "colors", "output_dir": str(tmp_path)}
+    recipe, said = Recipe(**values, name="colors"), []
+    found = train_seeds(recipe, 2, color_rows(24), color_rows(12), write=said.append)
+    scores = [run["metrics"]["accuracy"] for run in found["runs"]]
+    assert found["seeds"] == [42, 43] and found["metrics"]["accuracy"] == pytest.approx(sum(scores) / 2)
+    assert found["deviation"]["accuracy"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    table = seeds_table(recipe, found)
+    assert list(table) == ["this model, mean of 2", "this model, deviation", "most common answer"]
+    # Finished runs are read, and one of another recipe is not taken for one.
+    again = train_seeds(recipe, 2, color_rows(24), color_rows(12), write=said.append)
+    assert again["metrics"] == found["metrics"] and said[-1] == "colors, seed 43 was finished earlier."
+    other = Recipe(**values | {"holdout": 0.25}, name="colors")
+    with pytest.raises(ValueError, match="holds a run with another holdout"):
+        train_seeds(other, 1, color_rows(24), color_rows(12), write=said.append)
+    assert CrossModalForVQA.from_pretrained(tmp_path / "seed-43").config.num_labels == 3

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -139,6 +139,7 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missin
                 seed=seed,
                 name=name,
                 output_dir=str(folder / _slug(name) / f"seed-{seed}"),
+                compare=[],
                 token_cache=str(folder / "tokens") if recipe.token_cache is True else recipe.token_cache,
                 training={**variants[name].training, "disable_tqdm": True, "save_total_limit": 1},
             )
@@ -150,10 +151,17 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missin
     return table
 
 
+def train_variant(run, folder, name, train_rows, eval_rows):
+    """Result of one variant, kept in `folder`."""
+    place = Path(folder) / _slug(name)
+    run = replace(run, name=name, output_dir=str(place), compare=[], training={**run.training, "disable_tqdm": True})
+    return _run_once(run, {"train_rows": train_rows, "eval_rows": eval_rows}, None, None)
+
+
 def _run_once(run, rows, shared, missing_rate):
     """Result of one run, from its file if it was finished with this very recipe."""
     folder = Path(run.output_dir)
-    known = {key: value for key, value in asdict(run).items() if key not in ("output_dir", "name", "token_cache")}
+    known = run.stated(leave_out=("output_dir", "name", "token_cache", "compare"))
     if missing_rate is not None:
         known["missing_rate"] = missing_rate
     stamp = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]

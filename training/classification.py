@@ -1,11 +1,13 @@
 """Tasks whose rows have a label, several labels, or a number."""
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from .plots import confusion_plot, reliability_plot
 from .task import Task, frozen_features, predict_logits
 
 
@@ -66,6 +68,20 @@ class ClassificationTask(Task):
 
     def describe(self):
         return f"{len(self.id2label)} labels"
+
+    @staticmethod
+    def table(name, metrics):
+        """Without F1 of single labels: cards show them apart."""
+        return {name: {key: value for key, value in metrics.items() if not key.startswith("f1_")}}
+
+    def pictures(self, outputs, targets):
+        if self.several:
+            return {}
+        labels = list(self.id2label.values())
+        return {
+            "confusion.png": partial(confusion_plot, self.confusion(outputs, targets), labels),
+            "reliability.png": partial(reliability_plot, *self.reliability(outputs, targets)),
+        }
 
     def class_weights(self, targets):
         """Weights of the labels by which all count alike: N / (C count), or of several labels those that do not hold against those

@@ -29,15 +29,27 @@ def train(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (e.g. vqa_easy) or path of a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. dataset=data/easy_vqa seed=1")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard an earlier run in output_dir.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Train with so many seeds, each into its own folder.")] = 1,
     as_json: _JSON = False,
 ):
-    """Train a recipe into a whole Hub folder; a run that was cut off goes on where it was."""
+    """Train a recipe into a whole Hub folder; a run that was cut off goes on where it was. With --seeds, mean and deviation."""
     from .recipes import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])
     _quiet()
     from .train import train as run
 
+    if seeds > 1:
+        from .seeds import seeds_table, train_seeds
+
+        found = train_seeds(loaded, seeds, fresh=fresh, write=_note)
+        _print_table(f"{loaded.name}: {loaded.eval_split}, {found['eval_rows']:,} rows", seeds_table(loaded, found))
+        _note(f"the models are in {loaded.output_dir}/seed-*")
+        if as_json:
+            _print_json(
+                {key: value for key, value in found.items() if key != "runs"} | {"output_dir": loaded.output_dir}
+            )
+        return
     result = run(loaded, fresh=fresh, write=_note)
     from .tasks import TASKS
 

@@ -23,7 +23,7 @@ def remove_unfinished(folder, write=print):
         write(f"{folder}: an export was cut off here. What it had written is removed.")
 
 
-def export_folder(model, processor, folder, recipe=None, result=None):
+def export_folder(model, processor, folder, recipe=None, result=None, pictures=None):
     """Writes a Hub repo that loads anywhere with `trust_remote_code=True`.
 
     Everything is written aside first and then moved, `config.json` last: a folder without it is no model, so that no
@@ -32,6 +32,7 @@ def export_folder(model, processor, folder, recipe=None, result=None):
     Args:
         model: a head of the family. processor: CrossModalProcessor.
         recipe, result: what `train` was given and returned, for the card.
+        pictures: {file name: what draws it into a path}, which the card shows.
     """
     folder = Path(folder)
     aside = folder / _UNFINISHED
@@ -47,8 +48,10 @@ def export_folder(model, processor, folder, recipe=None, result=None):
             from .train import recipe_text
 
             (aside / "recipe.yaml").write_text(recipe_text(recipe))
+        for name, draw in (pictures or {}).items():
+            draw(aside / name)
         arguments = [processor.argument_of(name) for name in processor.modality_names]
-        model_card(model, recipe, result, arguments).save(aside / "README.md")
+        model_card(model, recipe, result, arguments, list(pictures or ())).save(aside / "README.md")
         (folder / "config.json").unlink(missing_ok=True)
         for path in sorted(aside.iterdir(), key=lambda p: p.name == "config.json"):
             os.replace(path, folder / path.name)
@@ -71,6 +74,9 @@ _REPORTED = (
 )
 
 
+# An F1 of all rows.
+_NO_LABEL = ("f1_negpos",)
+
 # Task of the Hub that a head serves, as cards name it.
 _HUB_TASKS = {
     "CrossModalForVQA": "visual-question-answering",
@@ -80,10 +86,10 @@ _HUB_TASKS = {
 }
 
 
-def model_card(model, recipe=None, result=None, arguments=None):
+def model_card(model, recipe=None, result=None, arguments=None, pictures=()):
     """The card of a model, from the template of its head, with the numbers of `result`.
 
-    arguments: of the processor, for the lines that show how to use it.
+    arguments: of the processor, for the lines that show how to use it. pictures: files that lie beside.
     """
     config = model.config
     head = type(model).__name__
@@ -134,6 +140,10 @@ def model_card(model, recipe=None, result=None, arguments=None):
         "dataset": dataset,
         "split": split,
         "metrics": metrics,
+        "per_label": {
+            k.removeprefix("f1_"): v for k, v in metrics.items() if k.startswith("f1_") and k not in _NO_LABEL
+        },
+        "pictures": {name: Path(name).stem.replace("_", " ") for name in pictures},
         "result": result or {},
         "recipe": recipe,
         "answers": list(config.id2label.values())[:20],

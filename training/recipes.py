@@ -1,7 +1,7 @@
 """Training recipes: a YAML file plus `key=value` overrides, checked before anything is loaded."""
 
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 
 import yaml
 
@@ -48,6 +48,7 @@ class Recipe:
             a stage whose questions say little teaches fusion not to read them. Such a stage may train a model of its
             own: `modalities` (some of those of the run) and `config` (over `model.config`), and may serve another `task`.
         mixing: of classification, arguments of `MixingCollator` (mixing.py): `mixup`, `time_cutmix`, SpecAugment.
+        compare: variants of `crossmodal ablate` (such as `concat`) that are trained too, on the same rows, and shown beside.
         early_stopping_patience: evaluations without progress before training stops; None never stops.
     """
 
@@ -71,6 +72,7 @@ class Recipe:
     early_stopping_patience: int | None = None
     gradient_cache: int | None = None
     mixing: dict = field(default_factory=dict)
+    compare: list[str] = field(default_factory=list)
     warm_up: list[dict] = field(default_factory=list)
     name: str = ""
 
@@ -92,6 +94,12 @@ class Recipe:
         "config",
         "training",
     )
+
+    def stated(self, leave_out=()):
+        """What the recipe says beyond the defaults: the same whatever keys a later version knows. Paths where a run lies are left out by
+        name."""
+        plain = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        return {key: value for key, value in asdict(self).items() if key not in leave_out and value != plain[key]}
 
     def __post_init__(self):
         if self.task not in TASKS:

@@ -35,6 +35,10 @@ class Task:
         """Rows of a table {name: {column: number}} that shows the metrics of a model."""
         return {name: metrics}
 
+    def pictures(self, outputs, targets):
+        """{file name: what draws it into a path} of outputs on the evaluation rows."""
+        return {}
+
     def baselines(self, model, processor, training, evaluation, progress=True):
         """{name: metrics} of what needs no training, on the same rows."""
         return {}

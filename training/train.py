@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,9 @@ from transformers import set_seed
 
 from .building import build, encoders_and_config
 from .datasets import RowDataset, contexts_of, hold_out, load_rows, some_of
+from .plots import learning_curves_plot
 from .publish import export_folder, remove_unfinished
+from .recipes import Recipe
 from .statistics import take_statistics
 from .tasks import TASKS
 from .token_cache import with_cached_tokens
@@ -47,11 +50,12 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     eval_rows = _rows(recipe, eval_rows, recipe.eval_split, recipe.max_eval_rows)
     eval_dataset = RowDataset(eval_rows, recipe.task, contexts=contexts)
     choosing_dataset, chosen_on = eval_dataset, f"`{recipe.eval_split}` itself"
+    kept_rows = train_rows
     if recipe.holdout:
-        train_rows, held_out = hold_out(train_rows, recipe.task, recipe.holdout)
+        kept_rows, held_out = hold_out(train_rows, recipe.task, recipe.holdout)
         choosing_dataset = RowDataset(held_out, recipe.task, contexts=contexts)
         chosen_on = f"{len(held_out):,} held-out training rows"
-    train_dataset = RowDataset(train_rows, recipe.task, recipe.augment, contexts)
+    train_dataset = RowDataset(kept_rows, recipe.task, recipe.augment, contexts)
     task = TASKS[recipe.task].from_targets(train_dataset.targets, recipe.min_answer_count)
     task.check_targets(eval_dataset.targets)
     if recipe.warm_up:
@@ -82,9 +86,15 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         checkpoint,
         write,
     )
-    baselines = task.baselines(trainer.model, processor, datasets["training"], datasets["evaluation"])
+    if getattr(task, "several", False) and recipe.holdout:
+        # Of several labels each holds from where its F1 is highest on rows that nothing is reported of.
+        outputs = trainer.predict(datasets["choosing"]).predictions
+        trainer.model.config.thresholds = task.tune(outputs, choosing_dataset.targets)
+    metrics, outputs = score(trainer, task, datasets["evaluation"], processor)
+    baselines = _compare(recipe, train_rows, eval_rows, output, write) if recipe.compare else {}
+    baselines |= task.baselines(trainer.model, processor, datasets["training"], datasets["evaluation"])
     result = {
-        "metrics": score(trainer, task, datasets["evaluation"], processor),
+        "metrics": metrics,
         "chosen_on": chosen_on if training["load_best_model_at_end"] else None,
         "majority": task.majority(train_dataset.targets, eval_dataset.targets),
         "baselines": baselines,
@@ -97,12 +107,41 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         "eval_rows": len(eval_dataset),
     }
     if export and trainer.is_world_process_zero():
-        export_folder(trainer.model, processor, output, recipe=recipe, result=result)
+        pictures = {"learning_curves.png": partial(learning_curves_plot, trainer.state.log_history, task)}
+        pictures |= task.pictures(outputs, eval_dataset.targets)
+        export_folder(trainer.model, processor, output, recipe=recipe, result=result, pictures=pictures)
     return result | {"model": trainer.model, "processor": processor, "log": trainer.state.log_history}
+
+
+def _compare(recipe, train_rows, eval_rows, output, write):
+    """{variant: metrics} of what a recipe is compared with, trained on the same rows."""
+    from .ablate import train_variant, variants_of
+
+    found = {}
+    for name, run in variants_of(recipe, recipe.compare).items():
+        if name != "full":
+            write(f"{recipe.name}: training {name} to compare with.")
+            place = output / "checkpoints" / "compare"
+            found[name] = train_variant(run, place, name, train_rows, eval_rows)["metrics"]
+    return found
 
 
 def _rows(recipe, rows, split, limit):
     return some_of(load_rows(recipe.dataset, split) if rows is None else rows, limit, recipe.seed)
+
+
+def finished_result(recipe):
+    """What an earlier run of this very recipe wrote into its folder when it ended, or None."""
+    output = Path(recipe.output_dir)
+    stamp, result = output / "checkpoints" / "recipe.json", output / "eval_results.json"
+    if not (stamp.exists() and result.exists() and (output / "config.json").exists()):
+        return None
+    leave_out = ("output_dir", "token_cache", "compare")
+    earlier = Recipe(**{"output_dir": "", **json.loads(stamp.read_text())})
+    wanted = json.loads(json.dumps(recipe.stated(leave_out=leave_out)))
+    if json.loads(json.dumps(earlier.stated(leave_out=leave_out))) != wanted:
+        return None
+    return json.loads(result.read_text())
 
 
 def _claim_folder(recipe, output, fresh, write):
@@ -111,13 +150,12 @@ def _claim_folder(recipe, output, fresh, write):
         raise ValueError(f"output_dir={str(output)!r} is a file. Give a folder.")
     checkpoints, stamp = output / "checkpoints", output / "checkpoints" / "recipe.json"
     remove_unfinished(output, write)
-    wanted = json.loads(json.dumps(asdict(recipe)))
-    # Paths say where a run lies, not what it is.
-    wanted = {key: value for key, value in wanted.items() if key not in ("output_dir", "token_cache")}
+    # Paths say where a run lies, not what it is; what it is compared with changes nothing of it.
+    wanted = json.loads(json.dumps(recipe.stated(leave_out=("output_dir", "token_cache", "compare"))))
     if fresh:
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif stamp.exists():
-        earlier = json.loads(stamp.read_text())
+        earlier = Recipe(**{"output_dir": "", **json.loads(stamp.read_text())}).stated(leave_out=("output_dir",))
         different = sorted(key for key in wanted.keys() | earlier.keys() if wanted.get(key) != earlier.get(key))
         if different:
             raise ValueError(

@@ -343,13 +343,12 @@ def _score_on(trainer, task, dataset):
 
 
 def score(trainer, task, dataset, processor):
-    """{"loss", metrics of the task} of a trainer's model on a dataset, gathered from all ranks."""
-    _score_on(trainer, task, dataset)
+    """({"loss", metrics of the task}, outputs) of a trainer's model on a dataset, gathered from all ranks."""
+    trainer.compute_metrics = None
     # With workers that persist, `evaluate` would take the loader of the dataset that it had before, whatever it is given.
-    found = {key.removeprefix("test_"): value for key, value in trainer.predict(dataset).metrics.items()}
-    whole = {"loss": found["loss"]}
+    found = trainer.predict(dataset)
+    whole = {"loss": found.metrics["test_loss"]}
     if task.scores_whole:
-        return whole | task.evaluate(
-            trainer.accelerator.unwrap_model(trainer.model), processor, dataset, progress=False
-        )
-    return whole | {key: value for key, value in found.items() if key in task.metrics}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        return whole | task.evaluate(model, processor, dataset, progress=False), found.predictions
+    return whole | task.score_outputs(found.predictions, dataset.targets), found.predictions
