@@ -10,6 +10,8 @@ from pathlib import Path
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .eeg_crossmodal import EEGConfig
+
 
 # Every Auto class of the family, so that any folder loads through any of them: a save writes only the key of the
 # class that is saved, and `AutoModel.from_pretrained` on the folder of a head would fail without the rest.
@@ -34,7 +36,7 @@ ALIGNMENTS = ("recovery", "late_interaction")
 LOSS_WEIGHTINGS = ("fixed", "learned")
 REGRESSION_LOSSES = ("squared", "absolute")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes", "context")
+ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes", "context", "window")
 
 # What each type of encoder is given: its values and, where it has one, the mask of its real positions.
 TYPE_INPUTS = {
@@ -43,6 +45,7 @@ TYPE_INPUTS = {
     "audio": ("input_values", "audio_attention_mask"),
     "video": ("pixel_values_videos", None),
     "features": ("values", "mask"),
+    "eeg": ("values", "mask"),
 }
 # Video encoders whose own forward calls the frames `pixel_values`, as image encoders do.
 _VIDEO_MODEL_TYPES = ("videomae", "vivit", "timesformer", "vjepa2")
@@ -93,6 +96,8 @@ def _encoder_type_and_input(name, config):
     """What kind of signal an encoder reads and under which key, from its model class."""
     if config.model_type == FeatureSequenceConfig.model_type:
         return "features", "values"
+    if config.model_type == EEGConfig.model_type:
+        return "eeg", "values"
     if config.model_type in _VIDEO_MODEL_TYPES:
         return "video", "pixel_values_videos"
     from .encoders_crossmodal import encoder_class
@@ -121,8 +126,9 @@ def _as_config(name, value):
         )
     options = {key: item for key, item in value.items() if key != "model_type"}
     model_type = value["model_type"]
-    if model_type == FeatureSequenceConfig.model_type:
-        return FeatureSequenceConfig(**options)
+    for own in (FeatureSequenceConfig, EEGConfig):
+        if model_type == own.model_type:
+            return own(**options)
     if model_type not in CONFIG_MAPPING:
         near = nearest_first(model_type, CONFIG_MAPPING.keys())[:3]
         raise ValueError(
@@ -501,6 +507,12 @@ class CrossModalConfig(PreTrainedConfig):
                 f"modality {name!r}: context={context!r} of type {settings['type']!r}. Expected a whole number of neighbours on each "
                 "side, of a modality of type 'features'."
             )
+        window = settings.get("window")
+        if window is not None and (settings["type"] != "eeg" or len(window) != 2 or min(window) <= 0):
+            raise ValueError(
+                f"modality {name!r}: window={window!r} of type {settings['type']!r}. Expected [seconds, seconds from one to the next], "
+                "above 0, of a modality of type 'eeg'."
+            )
         return settings
 
     def levels_of(self, name):
@@ -543,7 +555,7 @@ class CrossModalConfig(PreTrainedConfig):
         kind = self.modality_settings[name]["type"]
         values, mask = self.modality_settings[name]["input"], TYPE_INPUTS[kind][1]
         first = next(n for n in self.modality_names if self.modality_settings[n]["input"] == values)
-        prefix = "" if kind != "features" and name == first else f"{name}_"
+        prefix = "" if kind not in ("features", "eeg") and name == first else f"{name}_"
         return f"{prefix}{values}", mask and f"{prefix}{mask}"
 
     @classmethod

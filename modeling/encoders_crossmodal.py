@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, 
 
 from .attention_crossmodal import FeedForwardBlock, SelfAttentionBlock
 from .configuration_crossmodal import FeatureSequenceConfig
+from .eeg_crossmodal import EEGConfig, EEGEncoder
 from .kernels_crossmodal import initialise_kernel
 
 
@@ -169,7 +170,7 @@ class CustomEncoderConfig(PreTrainedConfig):
 # Encoders that transformers lacks: model_type to the class, built from its config.
 # Contract: `forward(values, mask)` -> (levels, mask of their tokens), levels as (B,T,D_k) or (B,D_k,h,w), widths as
 # `level_sizes` of the config (or of the module itself) says.
-ENCODERS = {FeatureSequenceConfig.model_type: FeatureSequenceEncoder}
+ENCODERS = {FeatureSequenceConfig.model_type: FeatureSequenceEncoder, EEGConfig.model_type: EEGEncoder}
 
 
 def build_encoder(config, name="encoder"):
@@ -263,7 +264,7 @@ def encode_modality(encoder, kind, values, mask, levels):
 
     Args:
         encoder: a transformers model, or a module that keeps the contract of `ENCODERS`.
-        kind: "vision", "text", "audio", "video" or "features".
+        kind: "vision", "text", "audio", "video", "features" or "eeg".
         values: what the encoder reads, (B,3,H,W), (B,T), (B,F,T), (B,samples), (B,frames,3,H,W) or (B,T,...).
         mask: (B, positions of the input) or None.
         levels: indices of the depths to return.

@@ -13,6 +13,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging
 
 from .chat_crossmodal import CHAT_TEMPLATE, check_conversation, is_conversation, render, without_oldest
+from .feature_extraction_eeg_crossmodal import EEGFeatureExtractor
 
 # Not called here: what a file imports is saved with it, and a folder with model and processor runs in `pipeline`.
 from .pipeline_crossmodal import CrossModalPipeline  # noqa: F401
@@ -275,7 +276,7 @@ class CrossModalProcessor(ProcessorMixin):
                 goes on with, `decoder_input_ids` hold both, and the labels of `text` are -100.
             padding, return_text_replacement_offsets: for callers that ask; batches are always padded.
             return_offsets_mapping: also give `offset_mapping` (B,T,2), where in the text each word begins and ends.
-            named: further modalities by name, and feature sequences (T,...) as arrays, tensors, lists of them, or dicts of `array` and
+            named: further modalities by name; EEG as dicts of `array` (channels, samples) in microvolts and `sampling_rate`; and feature sequences (T,...) as arrays, tensors, lists of them, or dicts of `array` and
                 `mask` (T,), which says what steps are real. Also
                 `<name>_tokens`: tokens (T,W) or (h,w,W) of a frozen encoder (`model.base_model.encode_tokens`), a list with
                 one array per row, in place of the raw inputs of that modality.
@@ -642,6 +643,22 @@ class CrossModalProcessor(ProcessorMixin):
         values = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         return {modality["values"]: values, modality["mask"]: mask}
 
+    def _process_eeg_rows(self, modality, items, rows):
+        extract, features = EEGFeatureExtractor(**modality.get("options", {})), []
+        for row, item in zip(rows, items, strict=True):
+            where = f"the signal of row {row} ({modality['name']!r})"
+            given = item if isinstance(item, dict) else {"array": item}
+            features.append(torch.from_numpy(extract(given["array"], given.get("sampling_rate"), where)))
+            if features[-1].shape[1] != features[0].shape[1]:
+                raise ValueError(
+                    f"{where} has {features[-1].shape[1]} channels, and that of row {rows[0]} {features[0].shape[1]}."
+                )
+        lengths = torch.tensor([len(item) for item in features])
+        return {
+            modality["values"]: torch.nn.utils.rnn.pad_sequence(features, batch_first=True),
+            modality["mask"]: torch.arange(int(lengths.max())) < lengths[:, None],
+        }
+
 
 def _default_modalities(given):
     """Modalities of a processor that no config described: one per sub-processor, under its usual name."""
@@ -675,7 +692,7 @@ def _as_rows(kind, value):
         return None if len(value) and isinstance(value[0], int | float) else list(value)
     if isinstance(value, list | tuple):
         return list(value)
-    single_axes = {"vision": 3, "audio": 1, "features": 2}.get(kind, 0)
+    single_axes = {"vision": 3, "audio": 1, "features": 2, "eeg": 2}.get(kind, 0)
     return list(value) if _axes(value) > single_axes else None
 
 

@@ -50,15 +50,20 @@ def resample(wave, rate, wanted):
         return wave
     if rate <= 0:
         raise ValueError(f"sampling_rate={rate}. Expected Hz, above 0.")
+    scipy, shared = (
+        scipy_signal(f"a signal of {rate} Hz is resampled to the model's {wanted} Hz"),
+        math.gcd(int(rate), int(wanted)),
+    )
+    return scipy.resample_poly(wave, int(wanted) // shared, int(rate) // shared).astype(np.float32)
+
+
+def scipy_signal(what):
+    """The module scipy.signal. what: is done with it, for the error where it is not installed."""
     try:
-        from scipy.signal import resample_poly
+        import scipy.signal
     except ImportError as error:
-        raise ValueError(
-            f"audio of {rate} Hz is resampled to the model's {wanted} Hz with scipy. Install it with `pip install scipy`, or "
-            "resample it first."
-        ) from error
-    shared = math.gcd(int(rate), int(wanted))
-    return resample_poly(wave, int(wanted) // shared, int(rate) // shared).astype(np.float32)
+        raise ValueError(f"{what} with scipy. Install it with `pip install scipy`.") from error
+    return scipy.signal
 
 
 def evenly(count, wanted):

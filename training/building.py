@@ -160,6 +160,11 @@ def _processor(recipe, config, sources, tokenizer):
         tokenizer=tokenizer,
         decoder_tokenizer=writing,
         feature_extractor=_feature_extractor(recipe, config, sources),
+        options={
+            name: recipe.processor["eeg"]
+            for name in config.modality_names
+            if config.modality_settings[name]["type"] == "eeg" and recipe.processor.get("eeg")
+        },
     )
 
 

@@ -75,6 +75,33 @@ def train(
         _print_json({key: result[key] for key in keys} | {"output_dir": loaded.output_dir})
 
 
+@app.command(name="cross-validate")
+def cross_validate(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for train")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="leave_one_subject_out, held_out_recordings or random_segments (leaky).")
+    ] = "leave_one_subject_out",
+    folds: Annotated[int, typer.Option(min=2, help="How many, where it is not by subject.")] = 5,
+    permute_labels: Annotated[
+        bool, typer.Option("--permute-labels", help="The control: labels dealt anew among the recordings.")
+    ] = False,
+    as_json: _JSON = False,
+):
+    """Train a recipe on folds of its data, and score each on what was held out together."""
+    from .recipes import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])
+    _quiet()
+    from .protocols import cross_validate as run
+    from .protocols import protocol_table
+
+    summary = run(loaded, protocol, folds, permute_labels, write=_note)
+    _print_table(*protocol_table(loaded, summary))
+    if as_json:
+        _print_json({key: value for key, value in summary.items() if key != "folds"})
+
+
 @app.command()
 def evaluate(
     model: _MODEL,

@@ -33,6 +33,7 @@ class Adapter:
         take: (list, number) to what is the input then: the item itself, or the turns of a dialogue before it.
         vectors: columns that hold one feature vector, or a sequence of them.
         recording, place: row to what it is a part of, and to where in it, for those that have neighbours.
+        subject: row to the person it was recorded of.
     """
 
     task: str
@@ -48,6 +49,7 @@ class Adapter:
     vectors: tuple[str, ...] = ()
     recording: Callable[[dict], object] | None = None
     place: Callable[[dict], object] | None = None
+    subject: Callable[[dict], object] | None = None
 
     @property
     def files(self):
@@ -191,6 +193,20 @@ DATASETS = {
     "labelled_digits": _labelled("image", "digit", inputs={"images": "image"}),
     "labelled_images": _labelled("image", "label", inputs={"images": "image"}),
     "labelled_texts": _labelled("text", "label", inputs={"text": "text"}, images=(), group=lambda row: None),
+    # EEG, cut into windows by `cut_recordings`.
+    "eeg": _labelled(
+        "signal",
+        "sampling_rate",
+        "recording",
+        "state",
+        inputs={"eeg": "signal"},
+        images=(),
+        vectors=("signal",),
+        group=lambda row: row["recording"],
+        recording=lambda row: row["recording"],
+        place=lambda row: row["window"],
+        subject=lambda row: row["subject"],
+    ),
     "scored_texts": Adapter(
         "regression",
         ("text", "score"),
@@ -401,6 +417,47 @@ def join_rows(first, second, column):
     return datasets.concatenate_datasets([own, partners], axis=1)
 
 
+def cut_recordings(rows, entries):
+    """Rows of whole recordings to rows of windows, where an entry or the settings of a modality say `window: [seconds, step]`.
+
+    rows with `signal_values` (samples x `channels`, flattened) or `signal` (channels, samples), and `sampling_rate`, in Hz; all else is
+    kept. A row of the result has `signal` (channels, samples), and `recording`, the number or name of what it was cut from, and
+    `window`, its place in it. Rows that are windows already, and models that take recordings whole, are left as they are.
+
+    Raises:
+        ValueError: for a recording that is shorter than a window, or has no sampling rate.
+    """
+    import datasets
+
+    signals = [name for name in ("signal_values", "signal") if name in rows.column_names]
+    if not signals or "window" in rows.column_names:
+        return rows
+    windows = [tuple(entry["window"]) for entry in entries.values() if entry.get("window")]
+    seconds, step = windows[0] if windows else (None, None)
+    made = []
+    for number, row in enumerate(rows):
+        rate, signal = row.get("sampling_rate"), np.asarray(row.pop(signals[0]), dtype=np.float32)
+        if not rate:
+            raise ValueError(
+                f"row {number}: sampling_rate={rate!r}. Expected Hz: what is a second of this signal is not known."
+            )
+        if signals[0] == "signal_values":
+            signal = signal.reshape(-1, row.pop("channels")).T
+        width = signal.shape[1] if seconds is None else int(round(seconds * rate))
+        if signal.shape[1] < width:
+            raise ValueError(
+                f"row {number}: a recording of {signal.shape[1] / rate:.2f} seconds, and a window takes {seconds}. Leave it out, or give "
+                "the entry a shorter window."
+            )
+        starts = range(0, signal.shape[1] - width + 1, width if step is None else int(round(step * rate)))
+        recording = row.get("recording", number)
+        made += [
+            row | {"signal": signal[:, start : start + width].tolist(), "recording": recording, "window": window}
+            for window, start in enumerate(starts)
+        ]
+    return datasets.Dataset.from_list(made)
+
+
 def contexts_of(entries):
     """{modality: neighbours on each side} of entries or settings of modalities: see `RowDataset`."""
     return {name: entry["context"] for name, entry in entries.items() if entry.get("context")}
@@ -558,6 +615,8 @@ class RowDataset(Dataset):
             if key in self.contexts:
                 return self._in_context(self.places[index][0], key)
             values = np.asarray(row[column], dtype=np.float32)
+            if column == "signal":
+                return {"array": values, "sampling_rate": row["sampling_rate"]}
             return values[None] if values.ndim == 1 else values
         if column not in self.adapter.files or row[column] is None:
             return self._item(row[column], column, self.places[index][1])

@@ -1,6 +1,6 @@
 """A trained model on a split of a dataset."""
 
-from .datasets import DATASETS, RowDataset, contexts_of, load_rows
+from .datasets import DATASETS, RowDataset, contexts_of, cut_recordings, load_rows
 from .tasks import TASKS, name_of
 
 
@@ -20,7 +20,8 @@ def task_of(model, columns=()):
 
 def samples_of(model, rows, task):
     """The RowDataset of rows as a model was trained on them."""
-    return RowDataset(rows, name_of(task), contexts=contexts_of(model.config.modality_settings))
+    settings = model.config.modality_settings
+    return RowDataset(cut_recordings(rows, settings), name_of(task), contexts=contexts_of(settings))
 
 
 def evaluate(model, processor, dataset, split, batch_size=128, unknown_answers_wrong=False, progress=True, **options):

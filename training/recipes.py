@@ -35,7 +35,7 @@ class Recipe:
             (fields of TextDecoderConfig, or the Hub id or folder of a causal model).
         processor: `image_size` [height, width] for encoders without an image processor of their own; `tokenizer`: a Hub
             id or folder, or `train` to train one of `vocab_size` on the questions; `audio`: of audio encoders likewise,
-            arguments of their type's feature extractor.
+            arguments of their type's feature extractor; `eeg`: those of EEGFeatureExtractor.
         token_cache: true keeps the tokens of frozen encoders with the checkpoints of the run, where they are computed once;
             a folder shares them between runs.
         learning_rates: per modality encoder, `fusion` and `head`; others take `training.learning_rate`.
@@ -78,7 +78,7 @@ class Recipe:
 
     _SECTIONS = {
         "model": ("preset", "encoders", "config", "freeze", "decoder"),
-        "processor": ("image_size", "tokenizer", "vocab_size", "audio"),
+        "processor": ("image_size", "tokenizer", "vocab_size", "audio", "eeg"),
     }
     _STAGE = (
         "task",

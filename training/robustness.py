@@ -93,6 +93,7 @@ CORRUPTIONS = {
     "text": {"token drop": Corruption(_drop_words, (0.25, 0.5, 0.75), "rate")},
     "audio": _SIGNAL,
     "features": _SIGNAL,
+    "eeg": _SIGNAL,
 }
 MISSING_RATES = (0.25, 0.5, 0.75, 1.0)
 

@@ -11,7 +11,7 @@ import yaml
 from transformers import set_seed
 
 from .building import build, encoders_and_config
-from .datasets import RowDataset, contexts_of, hold_out, load_rows, some_of
+from .datasets import RowDataset, contexts_of, cut_recordings, hold_out, load_rows, some_of
 from .plots import learning_curves_plot
 from .publish import export_folder, remove_unfinished
 from .recipes import Recipe
@@ -46,8 +46,10 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     checkpoint = _claim_folder(recipe, output, fresh, write)
     set_seed(recipe.seed)
     train_rows = _rows(recipe, train_rows, recipe.train_split, recipe.max_train_rows)
-    contexts = contexts_of(encoders_and_config(recipe)[0])
+    entries = encoders_and_config(recipe)[0]
+    contexts, train_rows = contexts_of(entries), cut_recordings(train_rows, entries)
     eval_rows = _rows(recipe, eval_rows, recipe.eval_split, recipe.max_eval_rows)
+    eval_rows = cut_recordings(eval_rows, entries)
     eval_dataset = RowDataset(eval_rows, recipe.task, contexts=contexts)
     choosing_dataset, chosen_on = eval_dataset, f"`{recipe.eval_split}` itself"
     kept_rows = train_rows
