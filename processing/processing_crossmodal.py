@@ -572,6 +572,7 @@ class CrossModalProcessor(ProcessorMixin):
             wave = None if item is None else np.asarray(item, dtype=np.float32)
             if wave is None or wave.ndim != 1 or wave.size == 0 or not np.isfinite(wave).all():
                 given = "nothing" if wave is None else f"shape {wave.shape}" if wave.size else "an empty clip"
+                given = "NaN or infinity" if wave is not None and wave.ndim == 1 and wave.size else given
                 raise ValueError(
                     f"audio of row {row} ({modality['name']!r}) is not readable (got {given}). Expected one finite "
                     "channel of samples, as an array or {'array': ..., 'sampling_rate': ...}."

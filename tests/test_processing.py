@@ -180,7 +180,7 @@ def test_sound_is_extracted_with_a_mask_of_its_own(kind):
         ([b"RIFF"], None, "audio of row 0: not readable as sound"),
         (["no/such.wav"], None, "audio of row 0: not readable as sound"),
         ([noise(0)], 16000, "empty clip"),
-        ([np.array([0.0, np.nan], dtype=np.float32)], 16000, "not readable"),
+        ([np.array([0.0, np.nan], dtype=np.float32)], 16000, "got NaN or infinity"),
         ([noise(2, 100)], 16000, "one finite channel"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .building import encoders_and_config
 from .datasets import DATASETS, cut_recordings, find_adapter, load_rows
+from .seeds import deviation, over
 from .tasks import TASKS
 from .train import train
 
@@ -94,11 +95,11 @@ def cross_validate(recipe, protocol, folds=5, permute_labels=False, rows=None, w
         "leaky": protocol in LEAKY,
         "permuted": permute_labels,
         "folds": found,
-        "metrics": _over(found, "metrics", statistics.mean),
-        "deviation": _over(found, "metrics", lambda values: statistics.stdev(values) if len(values) > 1 else 0.0),
-        "majority": _over(found, "majority", statistics.mean),
+        "metrics": over([fold["metrics"] for fold in found], statistics.mean),
+        "deviation": over([fold["metrics"] for fold in found], deviation),
+        "majority": over([fold["majority"] for fold in found], statistics.mean),
         "baselines": {
-            key: _over([fold["baselines"] for fold in found], key, statistics.mean) for key in found[0]["baselines"]
+            key: over([fold["baselines"][key] for fold in found], statistics.mean) for key in found[0]["baselines"]
         },
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -118,13 +119,6 @@ def protocol_table(recipe, summary):
         table |= task.table(name, row)
     table |= task.table(task.majority_name, summary["majority"])
     return f"{recipe.name}, {summary['protocol']} ({'; '.join(marks)})", table
-
-
-def _over(folds, key, combine):
-    rows = [fold[key] for fold in folds]
-    # A fold without a label has no F1 of it.
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    return {name: combine([row[name] for row in rows]) for name in names}
 
 
 def _permuted(rows, plain, adapter, seed):

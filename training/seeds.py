@@ -29,10 +29,10 @@ def train_seeds(recipe, seeds, train_rows=None, eval_rows=None, fresh=False, wri
     every = [run["metrics"] for run in runs]
     result = {
         "seeds": [run["seed"] for run in runs],
-        "metrics": _over(every, statistics.mean),
-        "deviation": _over(every, lambda values: statistics.stdev(values) if len(values) > 1 else 0.0),
+        "metrics": over(every, statistics.mean),
+        "deviation": over(every, deviation),
         "majority": runs[0]["majority"],
-        "baselines": {n: _over([run["baselines"][n] for run in runs], statistics.mean) for n in runs[0]["baselines"]},
+        "baselines": {n: over([run["baselines"][n] for run in runs], statistics.mean) for n in runs[0]["baselines"]},
         "eval_rows": runs[0]["eval_rows"],
         "runs": runs,
     }
@@ -49,7 +49,12 @@ def seeds_table(recipe, result):
     return table | result["baselines"] | {task.majority_name: result["majority"]}
 
 
-def _over(rows, combine):
+def deviation(values):
+    """Of a sample; 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def over(rows, combine):
     """{key: combined} of the keys that all rows have."""
     shared = [key for key in rows[0] if all(key in row for row in rows)]
     return {key: combine([row[key] for row in rows]) for key in shared}
