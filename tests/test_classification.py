@@ -175,6 +175,17 @@ def test_several_labels_are_scored_from_their_thresholds_on():
     assert task.majority([["x"], ["x"], ["y"]], targets)["f1_x"] == pytest.approx(0.8)
 
 
+def test_labels_keep_their_order_through_json():
+    id2label = {str(index): f"l{index}" for index in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)}
+    task = ClassificationTask(id2label, "multi_label_classification")
+    found = task.score(torch.eye(12).logit(eps=1e-6), [[f"l{index}"] for index in range(12)])
+    assert found["accuracy"] == 1.0 and found["f1_l10"] == 1.0
+    flipped = torch.eye(12)
+    flipped[10] = flipped[11]
+    found = task.score(flipped.logit(eps=1e-6), [[f"l{index}"] for index in range(12)])
+    assert found["f1_l10"] == 0.0 and found["f1_l2"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("targets", "said"),
     [(["a", 1.5], "type float and str"), ([0.5, 1.5], "task 'regression'"), (["a", "a"], "1 labels occur")],
