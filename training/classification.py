@@ -25,7 +25,7 @@ class ClassificationTask(Task):
 
     def __init__(self, id2label, problem_type, thresholds=None):
         # JSON sorts numbers as words: 0, 1, 10, 2.
-        self.id2label = {index: label for index, label in sorted((int(i), label) for i, label in id2label.items())}
+        self.id2label = dict(sorted((int(i), label) for i, label in id2label.items()))
         self.label2id = {label: index for index, label in self.id2label.items()}
         self.several = problem_type == "multi_label_classification"
         self.thresholds = thresholds
