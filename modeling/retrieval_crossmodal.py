@@ -523,24 +523,34 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             for name, item in features.items()
         }
         logits, weights, _ = self.match(pairs, there)
-        if self.config.matching == "ranking" and self.config.contrastive_weight:
-            # What the embeddings know already is not learnt again, as it is there when candidates are ranked.
-            logits = logits + self._scaled(self.similarity(pairs)).detach()
-        own, *others = logits.split([len(rows) for rows, _ in blocks])
+        parts = [len(rows) for rows, _ in blocks]
+        if self.config.matching == "ranking":
+            return self._ranking_loss(logits, pairs, blocks, parts, len(presence)), weights[: parts[0]]
+        own, *others = logits.split(parts)
         if self.config.matching == "classifier":
             matched = torch.arange(len(logits), device=logits.device) < len(own)
             return matching_loss(logits, matched), weights[: len(own)]
         own = torch.zeros(len(presence), device=own.device, dtype=own.dtype).index_copy(0, blocks[0][0], own)
-        if self.config.matching == "ranking":
-            losses = [
-                _listed(own, rows, worse) for (rows, _), worse in zip(blocks[1:], others, strict=True) if len(rows)
-            ]
-            return self._mean(losses, own), weights[: len(blocks[0][0])]
         losses = [
             self.config.triplet_margin - own[rows] + worse for (rows, _), worse in zip(blocks[1:], others, strict=True)
         ]
         losses = torch.cat(losses).clamp(min=0)
         return losses.sum() / max(1, len(losses)), weights[: len(blocks[0][0])]
+
+    def _ranking_loss(self, logits, pairs, blocks, parts, count):
+        """`ranking_loss` of match scores beside what the embeddings say, as candidates are ranked, and of match scores alone: on rows
+        that the embeddings know by heart there would be nothing left to learn."""
+        scores = [logits]
+        if self.config.contrastive_weight:
+            scores.append(logits + self._scaled(self.similarity(pairs)).detach())
+        losses = []
+        for one in scores:
+            own, *others = one.split(parts)
+            own = torch.zeros(count, device=own.device, dtype=own.dtype).index_copy(0, blocks[0][0], own)
+            losses += [
+                _listed(own, rows, worse) for (rows, _), worse in zip(blocks[1:], others, strict=True) if len(rows)
+            ]
+        return self._mean(losses, logits)
 
     def _negatives(self, alike, wrong):
         """For each row others that are not its own (B,C), and which of them there are (B,C): the hardest for triplets, else drawn by how

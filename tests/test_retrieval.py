@@ -95,6 +95,23 @@ def test_every_loss_is_there_and_reaches_every_parameter(contrastive_loss, match
     assert not [name for name in without if not any(part in name for part in unused)], without
 
 
+def test_ranking_is_learnt_beside_the_embeddings_and_alone():
+    # Two rows: the only negative of each is the other, whatever is drawn.
+    model = model_of(matching="ranking", contrastive_weight=0.5, matching_negatives=3)
+    batch = {key: values[:2] for key, values in zoo.tiny_batch(model.config).items()}
+    features, _ = model.features(batch)
+    scores, ranks = torch.zeros(2, 2), torch.zeros(2, 2)
+    for image in range(2):
+        for text in range(2):
+            pair = {
+                "vision": features["vision"].at(torch.tensor([image])),
+                "text": features["text"].at(torch.tensor([text])),
+            }
+            scores[image, text], ranks[image, text] = model.match(pair)[0].item(), model.rank(pair).item()
+    losses = [-table.log_softmax(axis).diagonal().mean() for table in (scores, ranks) for axis in (0, 1)]
+    torch.testing.assert_close(model(**batch).losses["matching"], torch.stack(losses).mean(), **CLOSE)
+
+
 def test_rows_that_share_an_image_or_a_text_are_no_negatives_of_each_other():
     model = model_of(matching_weight=0.0)
     batch = zoo.tiny_batch(model.config)
