@@ -71,9 +71,9 @@ class ClassificationTask(Task):
         return f"{len(self.id2label)} labels"
 
     @staticmethod
-    def table(name, metrics):
+    def shown(metrics):
         """Without F1 of single labels: cards show them apart."""
-        return {name: {key: value for key, value in metrics.items() if not key.startswith("f1_")}}
+        return {key: value for key, value in metrics.items() if not key.startswith("f1_")}
 
     def pictures(self, outputs, targets):
         if self.several:

@@ -54,9 +54,7 @@ def train(
     from .tasks import TASKS
 
     task = TASKS[loaded.task]
-    table = (
-        task.table("this model", result["metrics"]) | result["baselines"] | {task.majority_name: result["majority"]}
-    )
+    table = task.table_beside(task.table("this model", result["metrics"]), result)
     _print_table(f"{loaded.name}: {loaded.eval_split}, {result['eval_rows']:,} rows", table)
     since = " since it was resumed" if result["resumed"] else ""
     _note(f"{result['minutes']:.1f} minutes{since}; the model is in {loaded.output_dir}")

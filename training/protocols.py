@@ -115,10 +115,7 @@ def protocol_table(recipe, summary):
     marks += ["labels permuted: a control"] if summary["permuted"] else []
     table = task.table("this model, mean of folds", summary["metrics"])
     table |= {f"{name}, deviation": row for name, row in task.table("this model", summary["deviation"]).items()}
-    for name, row in summary["baselines"].items():
-        table |= task.table(name, row)
-    table |= task.table(task.majority_name, summary["majority"])
-    return f"{recipe.name}, {summary['protocol']} ({'; '.join(marks)})", table
+    return f"{recipe.name}, {summary['protocol']} ({'; '.join(marks)})", task.table_beside(table, summary)
 
 
 def _permuted(rows, plain, adapter, seed):

@@ -127,8 +127,7 @@ def model_card(model, recipe=None, result=None, arguments=None, pictures=()):
     table = {}
     if metrics:
         task = TASKS[recipe.task]
-        table = task.table("this model", metrics) | {task.majority_name: result["majority"]}
-        table |= result.get("baselines") or {}
+        table = task.table_beside(task.table("this model", metrics), result)
     values = {
         "head": head,
         "table": table,

@@ -46,7 +46,7 @@ def seeds_table(recipe, result):
     task, count = TASKS[recipe.task], len(result["seeds"])
     table = task.table(f"this model, mean of {count}", result["metrics"])
     table |= {f"{name}, deviation": row for name, row in task.table("this model", result["deviation"]).items()}
-    return table | result["baselines"] | {task.majority_name: result["majority"]}
+    return task.table_beside(table, result)
 
 
 def deviation(values):

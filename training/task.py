@@ -31,9 +31,20 @@ class Task:
     evaluate_options = ()
 
     @staticmethod
-    def table(name, metrics):
+    def shown(metrics):
+        """Those metrics that a table has room for."""
+        return metrics
+
+    @classmethod
+    def table(cls, name, metrics):
         """Rows of a table {name: {column: number}} that shows the metrics of a model."""
-        return {name: metrics}
+        return {name: cls.shown(metrics)}
+
+    @classmethod
+    def table_beside(cls, rows, result):
+        """Rows of a table, and what a result says of baselines and of knowing nothing below them."""
+        rows = rows | {name: cls.shown(metrics) for name, metrics in (result.get("baselines") or {}).items()}
+        return rows | {cls.majority_name: cls.shown(result["majority"])}
 
     def pictures(self, outputs, targets):
         """{file name: what draws it into a path} of outputs on the evaluation rows."""
