@@ -231,7 +231,9 @@ def test_a_batch_begins_with_labels_and_leaves_out_what_the_model_does_not_read(
 @pytest.mark.parametrize("name", sorted(path.stem for path in Path(configs.__file__).parent.glob("training/*.yaml")))
 def test_recipes_of_the_package_are_whole(name):
     recipe = Recipe.load(name, ["dataset=elsewhere", "output_dir=there"])
-    assert (recipe.dataset, recipe.output_dir, recipe.task) == ("elsewhere", "there", name.partition("_")[0])
+    assert (recipe.dataset, recipe.output_dir) == ("elsewhere", "there")
+    # Sentiment is classified by a number.
+    assert {"sentiment": "classification"}.get(recipe.task, recipe.task) == name.partition("_")[0]
 
 
 def test_overrides_reach_a_stage_by_its_number():

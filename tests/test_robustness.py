@@ -21,6 +21,7 @@ VALUES = {
     "text": "one two three four five six seven eight",
     "audio": {"array": noise(400), "sampling_rate": 8000},
     "features": ARRAY,
+    "eeg": {"array": noise(4, 256), "sampling_rate": 128},
 }
 
 

@@ -206,12 +206,9 @@ def accuracy_of(model, processor, labels, dataset, allowed, batch_size=128):
     model.eval()
     choices = sorted(allowed)
     columns = torch.tensor([labels[answer] for answer in choices])
-    right = []
-    for batch in DataLoader(dataset, batch_size, collate_fn=SampleCollator(processor, _keep, False)):
+    collate, right = SampleCollator(processor, deduplicate=False), []
+    for samples in DataLoader(dataset, batch_size, collate_fn=list):
+        batch = collate(samples)
         found = model(*(batch[key] for key in _READ))[:, columns].argmax(dim=1).tolist()
-        right += [choices[index] == target for index, target in zip(found, batch["labels"], strict=True)]
+        right += [choices[index] == sample["target"] for index, sample in zip(found, samples, strict=True)]
     return statistics.mean(right)
-
-
-def _keep(targets):
-    return targets
