@@ -328,6 +328,7 @@ class CrossModalConfig(PreTrainedConfig):
             vectors of both, added to that of the embeddings with the weight `matching_alpha`, with triplets: MMCA), or
             `"ranking"` (what it adds to the similarity of the embeddings, learnt so that a pair comes before
             `matching_negatives` others that look alike).
+        rank_weight: of what cross-attention says, beside the embeddings, when candidates are ranked.
         alignment: how tokens of two rows are compared: `"recovery"` (each from what it sees in the other row: SCAN, GLoRIA) or
             `"late_interaction"` (each with its nearest: FILIP).
         contrastive_weight, matching_weight, alignment_weight, cross_weight: of the four losses of retrieval; 0 leaves one
@@ -409,6 +410,7 @@ class CrossModalConfig(PreTrainedConfig):
     logit_scale_init_value: float | int = 2.6592
     matching: str = "classifier"
     matching_alpha: float | int = 0.1
+    rank_weight: float | int = 1.0
     matching_negatives: int = 4
     alignment: str = "recovery"
     contrastive_weight: float | int = 1.0

@@ -328,13 +328,13 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         return _mean_cosine({name: item.spread(item.embeddings) for name, item in features.items()})
 
     def rank(self, features, presence=None):
-        """Scores (P,) by which candidates are ranked: what cross-attention says, and what the embeddings say, which are
-        both log odds of belonging together, each if it was trained. Arguments as `match`."""
+        """Scores (P,) by which candidates are ranked: what cross-attention says, times `rank_weight`, and what the embeddings say, which
+        are both log odds of belonging together, each if it was trained. Arguments as `match`."""
         if not self.config.matching_weight:
             return self._scaled(self.similarity(features))
         scores, _, _ = self.match(features, presence)
         if self.config.matching != "cosine" and self.config.contrastive_weight:
-            scores = scores + self._scaled(self.similarity(features))
+            scores = self.config.rank_weight * scores + self._scaled(self.similarity(features))
         return scores
 
     @can_return_tuple

@@ -73,6 +73,8 @@ def test_ranking_pairs_from_features_equals_the_pairs_themselves(fusion_type, qu
     similarity = (expected.image_embeds * expected.text_embeds).sum(-1)
     expected = expected.match_logits + model.logit_scale.scale.exp() * similarity
     torch.testing.assert_close(model.rank(pairs), expected, **CLOSE)
+    model.config.rank_weight = 0.5
+    torch.testing.assert_close(model.rank(pairs), expected - 0.5 * model.match(pairs)[0], **CLOSE)
 
 
 @pytest.mark.parametrize("contrastive_loss", ["info_nce", "sigmoid", "triplet"])
