@@ -421,6 +421,19 @@ def test_rows_with_many_true_answers_are_scored(tmp_path):
     assert task.majority([{"1 red": 1.0}] * 2, [{"1 red": 1.0}])["accuracy"] == 1.0
 
 
+def test_what_was_learnt_is_not_what_is_measured(tmp_path):
+    color_rows(24).to_parquet(tmp_path / "rows.parquet")
+    values = copy.deepcopy(TINY_RECIPE) | {
+        "dataset": str(tmp_path / "rows.parquet"),
+        "output_dir": str(tmp_path / "m"),
+    }
+    values["eval_split"] = "train"
+    with pytest.raises(ValueError, match="measured on what it learnt. Set holdout"):
+        train(Recipe(**values, name="m"), write=lambda line: None)
+    result = train(Recipe(**values | {"holdout": 0.4}, name="m"), write=lambda line: None)
+    assert 0 < result["eval_rows"] < 24 and result["eval_rows"] % 2 == 0
+
+
 def test_seeds_are_trained_once_each_and_summed_up(tmp_path):
     values = copy.deepcopy(TINY_RECIPE) | {"dataset": "colors", "output_dir": str(tmp_path)}
     recipe, said = Recipe(**values, name="colors"), []

@@ -109,13 +109,13 @@ class MixingCollator:
             batch[key] = share * values + (1 - share) * values[partner]
             if mask is not None:
                 batch[mask_key] = mask | mask[partner] if mask.dtype == torch.bool else mask.maximum(mask[partner])
-        return self._with_labels(batch, partner, torch.full((len(partner),), share))
+        return self._with_labels(batch, partner, share)
 
     def _cutmix(self, batch, partner, share):
         signals = self._signals(batch, ("audio", "features"))
         if not signals:
             raise ValueError("mixing.time_cutmix needs sound or sequences of features, and no row has any.")
-        kept = None
+        kept = []
         for key, mask_key in signals:
             values, mask = batch[key], batch.get(mask_key)
             axis = _time_axis(values, mask)
@@ -131,14 +131,14 @@ class MixingCollator:
                 mask = mask.clone()
                 mask[:, start : start + width] = mask[partner][:, start : start + width]
                 batch[mask_key] = mask
-            kept = 1 - width / length
-        return self._with_labels(batch, partner, torch.full((len(partner),), kept))
+            kept.append(1 - width / length)
+        # Whole steps of sequences of several lengths are not the same part of each.
+        return self._with_labels(batch, partner, sum(kept) / len(kept))
 
     def _with_labels(self, batch, partner, share):
         labels = batch["labels"]
         if not labels.is_floating_point():
             labels = torch.nn.functional.one_hot(labels, self.num_labels).float()
-        share = share.view(-1, *[1] * (labels.dim() - 1))
         batch["labels"] = share * labels + (1 - share) * labels[partner]
         return batch
 

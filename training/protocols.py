@@ -57,7 +57,7 @@ def cross_validate(recipe, protocol, folds=5, permute_labels=False, rows=None, w
     """Trains a recipe once for every fold of a protocol, each scored on what was held out; nothing is chosen on it.
 
     Args:
-        recipe: Recipe of a classification. Its training split, and its evaluation split where there is one, are cut into folds.
+        recipe: Recipe of a classification. Its training split is cut into folds; the evaluation split is not looked at.
         protocol: row of `PROTOCOLS`. folds: how many, but for subjects.
         permute_labels: the control: labels dealt anew among the recordings, which then say nothing of what is heard. What is reached
             beyond the majority rate is leakage.

@@ -41,6 +41,12 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         ValueError: for data, models or folders that do not fit, before training starts.
     """
     started = time.time()
+    measured_on_held_out = eval_rows is None and recipe.eval_split == recipe.train_split
+    if measured_on_held_out and not recipe.holdout:
+        raise ValueError(
+            f"eval_split and train_split are both {recipe.train_split!r}: the model would be measured on what it learnt. Set holdout, "
+            "whose rows are then what is measured, or use `crossmodal cross-validate`."
+        )
     output = Path(recipe.output_dir)
     resumed = not fresh and (output / "checkpoints" / "recipe.json").exists()
     checkpoint = _claim_folder(recipe, output, fresh, write)
@@ -56,6 +62,8 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     if recipe.holdout:
         kept_rows, held_out = hold_out(train_rows, recipe.task, recipe.holdout)
         choosing_dataset = RowDataset(held_out, recipe.task, contexts=contexts)
+        if measured_on_held_out:
+            eval_dataset = choosing_dataset
         chosen_on = f"{len(held_out):,} held-out training rows"
     train_dataset = RowDataset(kept_rows, recipe.task, recipe.augment, contexts)
     task = TASKS[recipe.task].from_targets(train_dataset.targets, recipe.min_answer_count)
@@ -93,7 +101,11 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         outputs = trainer.predict(datasets["choosing"]).predictions
         trainer.model.config.thresholds = task.tune(outputs, choosing_dataset.targets)
     metrics, outputs = score(trainer, task, datasets["evaluation"], processor)
-    baselines = _compare(recipe, train_rows, eval_rows, output, write) if recipe.compare else {}
+    baselines = (
+        _compare(recipe, train_rows, None if measured_on_held_out else eval_rows, output, write)
+        if recipe.compare
+        else {}
+    )
     baselines |= task.baselines(trainer.model, processor, datasets["training"], datasets["evaluation"])
     result = {
         "metrics": metrics,
