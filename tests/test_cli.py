@@ -115,7 +115,7 @@ def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch):
     def broken(*args):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cli, "_load", broken)
+    monkeypatch.setattr(cli, "load_model", broken)
     monkeypatch.setattr(sys, "argv", ["crossmodal", "predict", "x", "--text", "y"])
     with pytest.raises(KeyError):
         cli.main()

@@ -1,0 +1,113 @@
+"""What the commands of the command line share: options, loading, tables, notes, and how an error is said in one line."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+MODEL = Annotated[str, typer.Argument(help="Folder or Hub id of a model.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+
+
+def arrays(given, option):
+    """{name: array} of what an option was given as `NAME=FILE.npy`."""
+    import numpy as np
+
+    found = {}
+    for item in given or ():
+        name, _, path = item.partition("=")
+        try:
+            found[name] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{option} {item}: {error}. Expected NAME=FILE.npy, an array that numpy saved."
+            ) from error
+    return found
+
+
+def load_model(source, wanted=None):
+    """A head of the family (`wanted`, or any) and its processor, from a folder or the Hub."""
+    from transformers import AutoConfig
+
+    import crossmodal
+
+    from ..processing.processing_crossmodal import CrossModalProcessor
+
+    path = Path(source)
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"{source!r} is no model: it has no config.json. Give the folder of a finished model.")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(
+            f"the model {source!r} is neither a folder here nor a repo that the Hub hands out. Correct the name."
+        ) from error
+    head = (getattr(config, "architectures", None) or ["?"])[0]
+    if config.model_type != "crossmodal" or head not in crossmodal.HEADS:
+        raise ValueError(
+            f"{source!r} holds a {head} of type {config.model_type!r}. Expected a head of the CrossModal family."
+        )
+    if wanted is not None and head != wanted:
+        raise ValueError(f"{source!r} holds a {head}. Expected a {wanted}.")
+    model = getattr(crossmodal, head).from_pretrained(source)
+    return model, CrossModalProcessor.from_pretrained(source)
+
+
+def print_table(title, rows):
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in names:
+        # Spaces, where a long name may break.
+        table.add_column(name.replace("_", " "), justify="right")
+    for label, row in rows.items():
+        table.add_row(label, *(_cell(row.get(name, "")) for name in names))
+    # Where nobody says how wide it is (a file, a pipe), names are worth more than a short line.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _cell(value):
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str("" if value is None else value)
+
+
+def print_json(value):
+    print(json.dumps(value), flush=True)
+
+
+def note(line):
+    # Beside a progress bar, a plain print would tear it.
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
+def quiet():
+    """Silences what libraries say of themselves; errors still come through."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+def one_line(error):
+    """The message of an error in one line, also when it comes out of a worker process."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith("Original Traceback") for line in lines):
+        lines = [lines[-1].partition(": ")[2] or lines[-1]]
+    return " ".join(lines) or type(error).__name__
