@@ -82,7 +82,7 @@ def test_a_finished_run_is_not_trained_again(model, world, capsys):
             ["explain", "{m}", "--text", "what?", "--word", "horse", "--output", "{w}/no.png"],
             "the text has no word 'horse'",
         ),
-        (["explain", "{m}", "--array", "x=nowhere.npy"], "expected NAME=FILE.npy"),
+        (["explain", "{m}", "--array", "x=nowhere.npy"], "Expected NAME=FILE.npy"),
         (["evaluate", "{w}/empty", "--dataset", "{w}/data"], "no config.json"),
         (["evaluate", "{w}/nowhere", "--dataset", "{w}/data"], "neither a folder here nor a repo"),
         (["evaluate", "{m}", "--dataset", "{w}/data", "--split", "test"], "no split 'test'"),
