@@ -36,7 +36,20 @@ ALIGNMENTS = ("recovery", "late_interaction")
 LOSS_WEIGHTINGS = ("fixed", "learned")
 REGRESSION_LOSSES = ("squared", "absolute")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-ENTRY_KEYS = ("config", "levels", "max_tokens", "type", "input", "hidden_sizes", "context", "window")
+ENTRY_KEYS = (
+    "config",
+    "levels",
+    "max_tokens",
+    "type",
+    "input",
+    "hidden_sizes",
+    "context",
+    "window",
+    "num_frames",
+    "frame_sampling",
+    "frame_tokens",
+)
+FRAME_SAMPLINGS = ("uniform", "window")
 
 # What each type of encoder is given: its values and, where it has one, the mask of its real positions.
 TYPE_INPUTS = {
@@ -283,7 +296,9 @@ class CrossModalConfig(PreTrainedConfig):
             the constructor: stored as `modality_names`, `<name>_config` and `modality_settings`, because JSON is
             written with sorted keys and would lose the order. `levels` are indices into the encoder's hidden
             states (negative from the end). `max_tokens` pools longer token sequences, and truncates text in the
-            processor.
+            processor. With `"type": "video"` an encoder of images reads the frames of a video one by one, of each of which
+            `frame_tokens` (1) are kept; `num_frames` are taken of a clip, at even distances (`frame_sampling="uniform"`) or
+            one after another from its middle (`"window"`).
         hidden_size, num_attention_heads, num_fusion_layers, intermediate_size: the fusion transformer.
         fusion_type: operator, a row of `FUSIONS` in fusion_crossmodal.py.
         fusion_levels: `"multi"` bridges each fusion layer to its own depth of the encoders, `"single"` only the last
@@ -515,7 +530,42 @@ class CrossModalConfig(PreTrainedConfig):
                 f"modality {name!r}: window={window!r} of type {settings['type']!r}. Expected [seconds, seconds from one to the next], "
                 "above 0, of a modality of type 'eeg'."
             )
+        self._complete_frames(name, settings)
         return settings
+
+    def _complete_frames(self, name, settings):
+        """What the settings of a modality say of the frames of a video; an encoder of images reads them one by one."""
+        keys = ("num_frames", "frame_sampling", "frame_tokens")
+        if settings["type"] != "video":
+            if wrong := [key for key in keys if key in settings]:
+                raise ValueError(
+                    f"modality {name!r}: {wrong[0]}={settings[wrong[0]]!r} of type {settings['type']!r}. Only a modality of type 'video' "
+                    "has frames: give its entry 'type': 'video'."
+                )
+            return
+        encoder = getattr(self, f"{name}_config")
+        reads = "video" if encoder.model_type == "crossmodal_custom" else _encoder_type_and_input(name, encoder)[0]
+        if reads == "vision":
+            settings.setdefault("frame_tokens", 1)
+        elif reads != "video" or "frame_tokens" in settings:
+            raise ValueError(
+                f"modality {name!r} of type 'video': an encoder of type {encoder.model_type!r} reads {reads}, not images. Give an encoder "
+                "of images, whose frame_tokens can be said, or one of videos."
+            )
+        for key in ("num_frames", "frame_tokens"):
+            if key in settings and (not isinstance(settings[key], int) or settings[key] < 1):
+                raise ValueError(
+                    f"modality {name!r}: {key}={settings[key]!r}. Expected a whole number of at least 1, or None."
+                )
+        if settings.get("frame_sampling", "uniform") not in FRAME_SAMPLINGS:
+            near = nearest_first(settings["frame_sampling"], FRAME_SAMPLINGS)
+            raise ValueError(
+                f"modality {name!r}: frame_sampling={settings['frame_sampling']!r} is unknown. Expected one of {near}."
+            )
+        if "frame_tokens" in settings and "max_tokens" in settings:
+            raise ValueError(
+                f"modality {name!r}: max_tokens={settings['max_tokens']} would mix frames. Say num_frames, and frame_tokens of each."
+            )
 
     def levels_of(self, name):
         """Depths of encoder `name` that are bridged to fusion layers 0, 1, ... (indices into its levels)."""
@@ -556,6 +606,8 @@ class CrossModalConfig(PreTrainedConfig):
         """
         kind = self.modality_settings[name]["type"]
         values, mask = self.modality_settings[name]["input"], TYPE_INPUTS[kind][1]
+        if "frame_tokens" in self.modality_settings[name]:
+            mask = "video_attention_mask"
         first = next(n for n in self.modality_names if self.modality_settings[n]["input"] == values)
         prefix = "" if kind not in ("features", "eeg") and name == first else f"{name}_"
         return f"{prefix}{values}", mask and f"{prefix}{mask}"

@@ -27,14 +27,16 @@ class EncodedModality:
 
     levels: one (B,T,D_k) per tapped depth, all with the same T. mask (B,T) bool, True for real tokens, or None if
     all are. grid (h, w) if the last h*w tokens are an image's patches in rows, else None. positioned: whether
-    the tokens already know where they are. index (B',) long or None: the row of each row of the batch among these; present
-    (B',) bool or None: the rows of the batch that have this modality.
+    the tokens already know where they are. frames: how many frames of a video follow one another in the tokens, each with as
+    many, or None. index (B',) long or None: the row of each row of the batch among these; present (B',) bool or None: the rows
+    of the batch that have this modality.
     """
 
     levels: list
     mask: torch.Tensor | None = None
     grid: tuple | None = None
     positioned: bool = True
+    frames: int | None = None
     index: torch.Tensor | None = None
     present: torch.Tensor | None = None
 
@@ -51,22 +53,33 @@ class EncodedModality:
 def pack_tokens(encoded):
     """Levels of an EncodedModality side by side, as `<name>_tokens` of a forward takes them.
 
-    (B,T,sum of D_k), or (B,h,w,sum of D_k) for a grid whose tokens do not know yet where they are.
+    (B,T,sum of D_k), or (B,h,w,sum of D_k) for a grid whose tokens do not know yet where they are; of the frames of a video
+    (B,F,T,sum of D_k) or (B,F,h,w,sum of D_k), and a mask of frames (B,F).
     """
-    tokens = torch.cat(encoded.levels, dim=-1)
-    return tokens if encoded.positioned or encoded.grid is None else tokens.unflatten(1, encoded.grid)
+    tokens, mask = torch.cat(encoded.levels, dim=-1), encoded.mask
+    if encoded.frames is not None:
+        tokens = tokens.unflatten(1, (encoded.frames, -1))
+        mask = None if mask is None else mask.unflatten(1, (encoded.frames, -1))[..., 0]
+    if not encoded.positioned and encoded.grid is not None:
+        tokens = tokens.unflatten(-2, encoded.grid)
+    return tokens, mask
 
 
-def unpack_tokens(name, tokens, mask, widths):
-    """The EncodedModality that `pack_tokens` packed. widths: of the tapped levels, mask (B,T) or None."""
-    if tokens.dim() not in (3, 4) or tokens.shape[-1] != sum(widths):
+def unpack_tokens(name, tokens, mask, widths, by_frame=False):
+    """The EncodedModality that `pack_tokens` packed. widths: of the tapped levels, mask (B,T), (B,F) of frames, or None."""
+    axes = tokens.dim() - by_frame
+    if axes not in (3, 4) or tokens.shape[-1] != sum(widths):
+        frames = "frames, " if by_frame else ""
         raise ValueError(
-            f"{name}_tokens has shape {tuple(tokens.shape)}. Expected (batch, tokens, {sum(widths)}) or (batch, height, width, "
-            f"{sum(widths)}): the tapped levels of {name!r}, of widths {widths}, side by side, as `encode_tokens` returns them."
+            f"{name}_tokens has shape {tuple(tokens.shape)}. Expected (batch, {frames}tokens, {sum(widths)}) or (batch, {frames}height, "
+            f"width, {sum(widths)}): the tapped levels of {name!r}, of widths {widths}, side by side, as `encode_tokens` returns them."
         )
-    grid = tuple(tokens.shape[1:3]) if tokens.dim() == 4 else None
-    levels = list((tokens.flatten(1, 2) if grid else tokens).split(widths, dim=-1))
-    return EncodedModality(levels, None if mask is None else mask.bool(), grid, positioned=grid is None)
+    grid, frames = tuple(tokens.shape[-3:-1]) if axes == 4 else None, tokens.shape[1] if by_frame else None
+    levels = list(tokens.flatten(1, -2).split(widths, dim=-1))
+    mask = None if mask is None else mask.bool()
+    if by_frame and mask is not None:
+        mask = mask.repeat_interleave(levels[0].shape[1] // frames, dim=1)
+    return EncodedModality(levels, mask, grid, positioned=grid is None, frames=frames)
 
 
 def sine_positions(positions, size, temperature=10000.0):
@@ -259,7 +272,7 @@ def has_batch_norm(encoder):
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
 
 
-def encode_modality(encoder, kind, values, mask, levels):
+def encode_modality(encoder, kind, values, mask, levels, frame_tokens=None):
     """Runs one encoder and taps it.
 
     Args:
@@ -268,12 +281,16 @@ def encode_modality(encoder, kind, values, mask, levels):
         values: what the encoder reads, (B,3,H,W), (B,T), (B,F,T), (B,samples), (B,frames,3,H,W) or (B,T,...).
         mask: (B, positions of the input) or None.
         levels: indices of the depths to return.
+        frame_tokens: of a video whose frames an encoder of images reads one by one, how many tokens are kept of each at most.
 
     Returns:
         EncodedModality with one (B,T,D_k) per level.
     """
     if mask is not None:
         mask = mask.bool()
+    if frame_tokens is not None:
+        return _encode_frames(encoder, values, mask, levels, frame_tokens)
+    if mask is not None:
         # Whatever stands in padded positions must not matter, not even through group norms or convolutions.
         if kind == "text":
             values = values.masked_fill(~mask, encoder.config.pad_token_id or 0)
@@ -292,6 +309,29 @@ def encode_modality(encoder, kind, values, mask, levels):
         grid = tuple(tapped[-1].shape[-2:])
         return EncodedModality([_grid_tokens(level, grid) for level in tapped], None, grid, positioned=False)
     return EncodedModality(tapped, mask, _patch_grid(encoder, kind, values, tapped[-1].shape[1]))
+
+
+def _encode_frames(encoder, values, mask, levels, frame_tokens):
+    """A video by an encoder of images: values (B,F,3,H,W), mask (B,F) bool or None. Returns an EncodedModality of F times as many
+    tokens as are kept of a frame, in the order of time."""
+    if values.dim() != 5:
+        raise ValueError(
+            f"frames of shape {tuple(values.shape)} were given. Expected (batch, frames, channels, height, width)."
+        )
+    rows, count = values.shape[:2]
+    frames, real = values.flatten(0, 1), None
+    if mask is not None:
+        # Only real frames are encoded: batch norm never sees what is not there. Compiled, shapes are fixed, and it sees zeros.
+        real = None if torch.compiler.is_compiling() else mask.flatten().nonzero().squeeze(1)
+        frames = frames.masked_fill(~mask.view(-1, 1, 1, 1), 0) if real is None else frames[real]
+    encoded = limit_tokens(encode_modality(encoder, "vision", frames, None, levels), frame_tokens)
+    kept = encoded.levels
+    if real is not None:
+        kept = [level.new_zeros(rows * count, *level.shape[1:]).index_copy(0, real, level) for level in kept]
+    kept = [level.unflatten(0, (rows, count)).flatten(1, 2) for level in kept]
+    if mask is not None:
+        mask = mask.repeat_interleave(kept[0].shape[1] // count, dim=1)
+    return EncodedModality(kept, mask, encoded.grid, encoded.positioned, frames=count)
 
 
 def _run_transformers_encoder(encoder, kind, values, mask):

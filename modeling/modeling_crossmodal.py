@@ -28,6 +28,7 @@ from .encoders_crossmodal import (
     keep_all_layers,
     limit_tokens,
     pack_tokens,
+    sine_positions,
     supported_attention,
     unpack_tokens,
 )
@@ -73,7 +74,7 @@ class CrossModalOutput(ModelOutput):
 
 
 class ModalityProjection(nn.Module):
-    """Levels of one encoder at the fusion width: P^l X^l + type [+ positions on a grid]."""
+    """Levels of one encoder at the fusion width: P^l X^l + type [+ positions on a grid] [+ position in time of a frame]."""
 
     def __init__(self, config, name):
         super().__init__()
@@ -86,10 +87,13 @@ class ModalityProjection(nn.Module):
 
     def forward(self, encoded, modality_type):
         """encoded: EncodedModality, modality_type (D,). Returns a list of (B,T,D), one per level."""
-        shift = modality_type
+        shift, (width, device) = modality_type, (modality_type.shape[-1], modality_type.device)
         if encoded.grid is not None and not encoded.positioned:
-            positions = grid_positions(*encoded.grid, modality_type.shape[-1], modality_type.device)
-            shift = modality_type + positions.to(modality_type.dtype)
+            shift = shift + grid_positions(*encoded.grid, width, device).to(shift.dtype)
+        if encoded.frames is not None:
+            times = sine_positions(torch.arange(encoded.frames, device=device), width).to(shift.dtype)
+            tokens = encoded.levels[0].shape[1] // encoded.frames
+            shift = (times[:, None] + shift.expand(tokens, width)).flatten(0, 1)
         return [
             self.dropout(project(norm(level.to(norm.weight.dtype))) + shift)
             for norm, project, level in zip(self.norms, self.projections, encoded.levels, strict=True)
@@ -428,14 +432,15 @@ class CrossModalModel(CrossModalPreTrainedModel):
             name: modality. values, mask: what its encoder reads, (B,...) and (B, positions) or None.
 
         Returns:
-            tokens (B,T,W) or (B,h,w,W) with the tapped levels side by side, and their mask (B,T) bool or None.
+            tokens (B,T,W) or (B,h,w,W) with the tapped levels side by side, of videos by frame (B,F,T,W) or (B,F,h,w,W), and the mask
+            of the second axis or None.
         """
         self._known([name])
         training = self.encoders[name].training
         self.encoders[name].eval()
         encoded = self._encode_one(name, values, mask, None, False, None)
         self.encoders[name].train(training)
-        return pack_tokens(encoded), encoded.mask
+        return pack_tokens(encoded)
 
     def _encode_one(self, name, values, mask, index, is_encoded, present):
         """One modality of a batch. Every distinct input is encoded once, and only if a row that has it needs it.
@@ -461,13 +466,16 @@ class CrossModalModel(CrossModalPreTrainedModel):
         else:
             present = None
         levels = self.config.levels_of(name)
+        settings = self.config.modality_settings[name]
+        frame_tokens = settings.get("frame_tokens")
         if is_encoded:
             sizes = self.config.level_sizes_of(name)
-            encoded = unpack_tokens(name, values, mask, [sizes[level] for level in levels])
+            widths = [sizes[level] for level in levels]
+            encoded = unpack_tokens(name, values, mask, widths, by_frame=frame_tokens is not None)
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.config.frozen_modalities):
-                encoded = encode_modality(encoder, kind, values, mask, levels)
-            limit = self.config.modality_settings[name].get("max_tokens")
+                encoded = encode_modality(encoder, kind, values, mask, levels, frame_tokens)
+            limit = settings.get("max_tokens")
             if limit is not None:
                 encoded = limit_tokens(encoded, limit)
         encoded.index, encoded.present = index, present
@@ -601,7 +609,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
             pixel_values: images (B,3,H,W) of the first vision modality; others are `<name>_pixel_values`.
             input_ids, attention_mask: text (B,T), and 1 for real tokens.
             input_values, input_features, audio_attention_mask: audio, as its encoder takes it.
-            pixel_values_videos: (B,frames,3,H,W).
+            pixel_values_videos: (B,frames,3,H,W); with `video_attention_mask (B,frames)` where an encoder of images reads the frames.
             named_inputs: `<name>_values (B,T,...)` and `<name>_mask (B,T)` of feature sequences, and inputs of further
                 modalities prefixed with their name. Any values may come with `<key>_index (B,)` long: which of the inputs each
                 row uses, so that an image that many rows ask about is encoded once. `<name>_tokens`, with

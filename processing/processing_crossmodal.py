@@ -17,7 +17,7 @@ from .feature_extraction_eeg_crossmodal import EEGFeatureExtractor
 
 # Not called here: what a file imports is saved with it, and a folder with model and processor runs in `pipeline`.
 from .pipeline_crossmodal import CrossModalPipeline  # noqa: F401
-from .reading_crossmodal import evenly, read_image, read_sound, read_video, resample
+from .reading_crossmodal import FRAME_SAMPLINGS, read_image, read_sound, read_video, resample
 
 
 logger = logging.get_logger(__name__)
@@ -58,7 +58,7 @@ class CrossModalProcessor(ProcessorMixin):
         chat_template: for dialogue (Jinja, as everywhere in transformers); conversations are rendered with the one of
             chat_crossmodal.py if there is none.
         modalities: per modality, in the order of the model's `modality_names`, a dict with `name`, `type`, `values` and
-            `mask` (keys of the batch), `max_tokens`, `num_frames` of video, `context` of features, and `options` (arguments of its sub-processor, where
+            `mask` (keys of the batch), `max_tokens`, `num_frames` and `frame_sampling` of video, `context` of features, and `options` (arguments of its sub-processor, where
             two modalities of a type differ). `from_config` writes them.
         writer: of a model that writes text, a dict with `bos_token_id`, `eos_token_id` and `max_tokens` (None: no limit).
 
@@ -151,8 +151,10 @@ class CrossModalProcessor(ProcessorMixin):
                 # A tokenizer that was made here knows no limit; the encoder has one.
                 positions = _positions_of(getattr(config, f"{name}_config"))
                 modality |= {} if positions is None else {"max_tokens": positions}
-            if settings["type"] == "video" and getattr(getattr(config, f"{name}_config"), "num_frames", None):
-                modality["num_frames"] = getattr(config, f"{name}_config").num_frames
+            if settings["type"] == "video":
+                frames = settings.get("num_frames") or getattr(getattr(config, f"{name}_config"), "num_frames", None)
+                modality |= {"num_frames": frames} if frames else {}
+                modality |= {key: settings[key] for key in ("frame_sampling",) if key in settings}
             if settings.get("context"):
                 modality["context"] = settings["context"]
             if (options or {}).get(name):
@@ -267,8 +269,9 @@ class CrossModalProcessor(ProcessorMixin):
                 long. Where no modality is text and the model writes text: what it is to go on with ("": it begins).
             audio: waveforms (samples,), dicts with `array` and `sampling_rate`, or paths or bytes of sound files. Whatever their
                 rate is, they are resampled to that of the feature extractor.
-            videos: lists of frames, each an image, with the same number in every row; or paths of video files, of which the
-                `num_frames` that the modality says are read at even distances.
+            videos: lists of frames, each an image, or paths of video files, of which the `num_frames` that the modality says are
+                read, at even distances or from the middle. Where an encoder of images reads the frames, rows may have different
+                numbers; else they must have the same.
             sampling_rate: in Hz, of the waveforms.
             deduplicate: give an image object that several rows share once, with `<key>_index (B,)` saying which row uses
                 which: the model then encodes it once.
@@ -538,19 +541,24 @@ class CrossModalProcessor(ProcessorMixin):
         return {modality["values"]: pixels}
 
     def _process_video_rows(self, modality, items, rows):
-        """Frames of every row, `num_frames` of the modality at even distances, where it says so."""
-        wanted = modality.get("num_frames")
+        """Frames of every row, `num_frames` of the modality where it says so, padded where it has a mask of frames."""
+        wanted, places = modality.get("num_frames"), FRAME_SAMPLINGS[modality.get("frame_sampling", "uniform")]
         items = [
-            item if isinstance(item, list | tuple) else read_video(item, f"video of row {row}", wanted)
+            item if isinstance(item, list | tuple) else read_video(item, f"video of row {row}", wanted, places)
             for row, item in zip(rows, items, strict=True)
         ]
-        if wanted and all(len(item) for item in items):
-            items = [[item[place] for place in evenly(len(item), wanted)] for item in items]
+        if wanted:
+            items = [[item[place] for place in places(len(item), wanted)] if len(item) else item for item in items]
         counts = [len(item) for item in items]
-        if min(counts) == 0 or len(set(counts)) > 1:
+        if min(counts) == 0:
             raise ValueError(
-                f"{modality['name']!r} has {counts} frames per row. Expected the same number, at least 1, in every row: "
-                "sample frames uniformly first, or give the processor `num_frames` of this modality."
+                f"the video of row {rows[counts.index(0)]} ({modality['name']!r}) has no frame. Expected at least 1, or None for a row "
+                "without it."
+            )
+        if len(set(counts)) > 1 and not modality["mask"]:
+            raise ValueError(
+                f"{modality['name']!r} has {counts} frames per row. Expected the same number in every row: sample frames uniformly "
+                "first, or give the processor `num_frames` of this modality."
             )
         frames = [
             read_image(frame, f"frame {index} of row {row}")
@@ -558,7 +566,10 @@ class CrossModalProcessor(ProcessorMixin):
             for index, frame in enumerate(item)
         ]
         pixels = self.image_processor(frames, return_tensors="pt", **modality.get("options", {}))["pixel_values"]
-        return {modality["values"]: pixels.unflatten(0, (len(items), counts[0]))}
+        made = {modality["values"]: torch.nn.utils.rnn.pad_sequence(pixels.split(counts), batch_first=True)}
+        if len(set(counts)) > 1:
+            made[modality["mask"]] = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        return made
 
     def _process_audio_rows(self, modality, items, rows, sampling_rate):
         waves, expected = [], self.feature_extractor.sampling_rate
@@ -713,10 +724,10 @@ def _pad_tokens(name, items, rows):
     """Tokens of several rows as one batch: `<name>_tokens`, and `<name>_tokens_mask` if their numbers differ."""
     items = [torch.as_tensor(item) for item in items]
     for row, item in zip(rows, items, strict=True):
-        if item.dim() not in (2, 3) or item.shape[-1] != items[0].shape[-1] or item.dim() != items[0].dim():
+        if item.dim() not in (2, 3, 4) or item.shape[-1] != items[0].shape[-1] or item.dim() != items[0].dim():
             raise ValueError(
                 f"{name}_tokens of row {row} has shape {tuple(item.shape)}. Expected (tokens, width) or (height, width of the "
-                "grid, width) as `encode_tokens` gives them, alike in every row."
+                "grid, width), of videos by frame, as `encode_tokens` gives them, alike in every row."
             )
     if len({item.shape for item in items}) == 1:
         return {f"{name}_tokens": torch.stack(items)}

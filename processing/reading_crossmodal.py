@@ -71,8 +71,21 @@ def evenly(count, wanted):
     return [min(count - 1, int((part + 0.5) * count / wanted)) for part in range(wanted)]
 
 
-def read_video(source, where="video", wanted=None):
-    """Frames (T,H,W,3) uint8 of a video file by its path or URL, `wanted` of them at even distances (None: all); arrays as they are.
+def in_the_middle(count, wanted):
+    """Numbers of `wanted` frames of `count` that follow one another, from the middle; all where there are fewer."""
+    first = max(0, (count - wanted) // 2)
+    return list(range(first, min(count, first + wanted)))
+
+
+# What a modality of video may call `frame_sampling`.
+FRAME_SAMPLINGS = {"uniform": evenly, "window": in_the_middle}
+
+
+def read_video(source, where="video", wanted=None, sampling=evenly):
+    """Frames (T,H,W,3) uint8 of a video file by its path or URL; arrays as they are.
+
+    Args:
+        wanted: how many frames are read, None: all. sampling: (frames there are, wanted) to the numbers of those to take.
 
     Raises:
         ValueError: if none of PyAV, OpenCV and torchcodec is installed, or none can read it.
@@ -87,7 +100,7 @@ def read_video(source, where="video", wanted=None):
 
     def chosen(metadata, **_):
         count = metadata.total_num_frames
-        return np.arange(count) if wanted is None else np.array(evenly(count, wanted))
+        return np.arange(count) if wanted is None else np.array(sampling(count, wanted))
 
     missing = []
     for backend, package in (("pyav", "av"), ("opencv", "opencv-python"), ("torchcodec", "torchcodec")):
@@ -103,7 +116,7 @@ def read_video(source, where="video", wanted=None):
         if len(frames) == 0:
             raise ValueError(f"{where} ({str(source):.200}) has no readable frame.")
         # A backend may give each frame once.
-        return frames if wanted is None or len(frames) == wanted else frames[evenly(len(frames), wanted)]
+        return frames if wanted is None or len(frames) == wanted else frames[sampling(len(frames), wanted)]
     raise ValueError(f"video files are read with one of {missing}. Install one, or give lists of frames.")
 
 
