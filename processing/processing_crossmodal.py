@@ -698,7 +698,9 @@ def _as_rows(kind, value):
     """The items of a batch, or None if `value` is a single item."""
     if kind == "video":
         nested = isinstance(value, list | tuple) and len(value) > 0
-        rows = nested and (value[0] is None or isinstance(value[0], list | tuple | str | Path) or _axes(value[0]) == 4)
+        rows = nested and (
+            value[0] is None or isinstance(value[0], list | tuple | str | bytes | Path) or _axes(value[0]) == 4
+        )
         return list(value) if rows else None
     if kind == "audio" and isinstance(value, list | tuple):
         return None if len(value) and isinstance(value[0], int | float) else list(value)

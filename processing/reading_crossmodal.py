@@ -5,6 +5,7 @@ Shipped to the Hub beside the weights: imports only torch, transformers, numpy a
 
 import io
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ FRAME_SAMPLINGS = {"uniform": evenly, "window": in_the_middle}
 
 
 def read_video(source, where="video", wanted=None, sampling=evenly):
-    """Frames (T,H,W,3) uint8 of a video file by its path or URL; arrays as they are.
+    """Frames (T,H,W,3) uint8 of a video file by its path, URL or bytes; arrays as they are.
 
     Args:
         wanted: how many frames are read, None: all. sampling: (frames there are, wanted) to the numbers of those to take.
@@ -90,6 +91,11 @@ def read_video(source, where="video", wanted=None, sampling=evenly):
     Raises:
         ValueError: if none of PyAV, OpenCV and torchcodec is installed, or none can read it.
     """
+    if isinstance(source, bytes):
+        with tempfile.NamedTemporaryFile(suffix=".video") as file:
+            file.write(source)
+            file.flush()
+            return read_video(file.name, where, wanted, sampling)
     if not isinstance(source, str | Path):
         frames = np.asarray(source.detach().cpu() if torch.is_tensor(source) else source)
         if frames.ndim != 4 or frames.shape[0] == 0:

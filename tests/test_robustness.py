@@ -18,6 +18,7 @@ from world import TINY_RECIPE, color_rows, noise
 ARRAY = noise(20, 4)
 VALUES = {
     "vision": Image.fromarray((noise(32, 48, 3) * 40 + 128).clip(0, 255).astype(np.uint8)),
+    "video": [Image.fromarray((noise(16, 24, 3, seed=n) * 40 + 128).clip(0, 255).astype(np.uint8)) for n in range(8)],
     "text": "one two three four five six seven eight",
     "audio": {"array": noise(400), "sampling_rate": 8000},
     "features": ARRAY,
@@ -28,6 +29,8 @@ VALUES = {
 def as_array(value):
     if isinstance(value, str):
         return np.array([word in value.split() for word in VALUES["text"].split()], dtype=np.float32)
+    if isinstance(value, list):
+        return np.stack([as_array(frame) for frame in value])
     return np.asarray(value["array"] if isinstance(value, dict) else value, dtype=np.float32)
 
 

@@ -26,7 +26,7 @@ class Adapter:
         columns: columns a dataset must have to be of this schema.
         inputs: input of the processor to the column that holds it.
         target: row (without its images) to what the task learns from.
-        images, sounds: columns that hold images, and encoded sound.
+        images, sounds, clips: columns that hold images, encoded sound, and videos: lists of images, or files.
         group: row (without its images) to what it shares with others, which no split may tear apart, or None.
         several: column that may hold a list, each item of which makes a sample of its own (captions of an image), or None.
         items: of such a list to the numbers of its items that make a sample.
@@ -42,6 +42,7 @@ class Adapter:
     target: Callable[[dict], object]
     images: tuple[str, ...] = ("image",)
     sounds: tuple[str, ...] = ()
+    clips: tuple[str, ...] = ()
     group: Callable[[dict], object] = lambda row: row.get("image_id")
     several: str | None = None
     items: Callable[[list], object] = lambda values: range(len(values))
@@ -54,7 +55,7 @@ class Adapter:
     @property
     def files(self):
         """Columns that are decoded only when a sample is read."""
-        return [*self.images, *self.sounds, *self.vectors]
+        return [*self.images, *self.sounds, *self.clips, *self.vectors]
 
 
 def _annotators(row):
@@ -176,6 +177,20 @@ DATASETS = {
         target=lambda row: {key: row.get(key) for key in ("score", "label")},
         **_UTTERANCES,
     ),
+    # Kinetics-Sounds and its like, and clips that may be beside the sound of others.
+    "labelled_clips_with_sound": _labelled(
+        "video",
+        "audio",
+        "label",
+        inputs={"videos": "video", "audio": "audio"},
+        images=(),
+        sounds=("audio",),
+        clips=("video",),
+        group=lambda row: row.get("id"),
+    ),
+    "labelled_clips": _labelled(
+        "video", "label", inputs={"videos": "video"}, images=(), clips=("video",), group=lambda row: row.get("id")
+    ),
     "sounds_and_images_of_a_class": _labelled(
         "audio",
         "image",
@@ -238,6 +253,16 @@ DATASETS = {
         take=lambda messages, item: messages[:item],
     ),
     # Of two datasets (see `load_rows`): whatever is of one class belongs together.
+    "sounds_and_clips": Adapter(
+        "retrieval",
+        ("audio", "video", "class"),
+        {"audio": "audio", "videos": "video"},
+        lambda row: {"id": None, "keys": [("class", row["class"])]},
+        images=(),
+        sounds=("audio",),
+        clips=("video",),
+        group=lambda row: None,
+    ),
     "sounds_and_images": Adapter(
         "retrieval",
         ("audio", "image", "class"),
@@ -329,7 +354,8 @@ def load_rows(source, split, limit=None):
     """One split of a dataset: a Hub id, a folder or a file that `datasets.load_dataset` reads, or a world of `DRAWN`.
 
     `A + B on COLUMN` joins two of these: every row of A with a row of B of the same class in COLUMN, drawn once and for all,
-    and the class in the column `class`.
+    and the class in the column `class`. `clips of A + B on COLUMN` makes clips of the sounds of A and the pictures of B (see
+    clips.py); `matching clips of ...`, half of them beside the sound of others, with `label` "same" or "different".
 
     Where all rows lie in one split, and a column `split` tells more (Flickr30K on the Hub), that column decides.
 
@@ -342,6 +368,11 @@ def load_rows(source, split, limit=None):
     import datasets
     from datasets.inspect import SplitsNotFoundError
 
+    if made := re.fullmatch(r"(matching )?clips of (.+?) \+ (.+?) on (\w+)", source):
+        from .clips import clips_dataset
+
+        matching, first, second, column = made.groups()
+        return clips_dataset(load_rows(first, split), load_rows(second, split), column, split, bool(matching), limit)
     if joined := re.fullmatch(r"(.+?) \+ (.+?) on (\w+)", source):
         first, second, column = joined.groups()
         return join_rows(load_rows(first, split, limit), load_rows(second, split, limit), column)
@@ -510,6 +541,11 @@ class RowDataset(Dataset):
             rows = rows.cast_column(column, datasets.Image(decode=False))
         for column in self.adapter.sounds:
             rows = rows.cast_column(column, datasets.Audio(decode=False))
+        for column in self.adapter.clips:
+            if isinstance(rows.features[column], datasets.Video):
+                rows = rows.cast_column(column, datasets.Video(decode=False))
+            elif isinstance(getattr(rows.features[column], "feature", None), datasets.Image):
+                rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
         self.rows = rows
         self.contexts = {key: size for key, size in (contexts or {}).items() if size}
         if self.contexts:
@@ -622,9 +658,18 @@ class RowDataset(Dataset):
             return self._item(row[column], column, self.places[index][1])
         read = read_sound if column in self.adapter.sounds else _read_once
         try:
+            if column in self.adapter.clips:
+                return _read_clip(row[column])
             return read(row[column].get("bytes") or row[column].get("path"))
         except ValueError as error:
             raise ValueError(f"row {self.places[index][0]} of the dataset, column {column!r}: {error}") from error
+
+
+def _read_clip(value):
+    """Frames of a list of images; a file, as its path or bytes, is left to the processor, which knows how many frames it wants."""
+    if isinstance(value, list):
+        return [read_image(frame, f"frame {number}") for number, frame in enumerate(value)]
+    return (value.get("path") or value.get("bytes")) if isinstance(value, dict) else value
 
 
 @lru_cache(maxsize=64)

@@ -79,6 +79,15 @@ def _drop_steps(values, level, rng):
     return np.where(kept.reshape(-1, *[1] * (values.ndim - 1)), values, 0.0).astype(np.float32)
 
 
+def _drop_frames(frames, level, rng):
+    """Frames painted in one grey."""
+    return [Image.new("RGB", frame.size, (127,) * 3) if rng.random() < level else frame for frame in frames]
+
+
+def _every_frame(apply):
+    return lambda frames, level, rng: [apply(frame, level, rng) for frame in frames]
+
+
 _SIGNAL = {
     "gaussian": Corruption(_gaussian_values, (0.25, 0.5, 1.0), "noise / signal"),
     "token drop": Corruption(_drop_steps, (0.25, 0.5, 0.75), "rate"),
@@ -89,6 +98,11 @@ CORRUPTIONS = {
         "gaussian": Corruption(_gaussian_image, (0.1, 0.2, 0.4), "noise / range"),
         "blur": Corruption(_blur, (0.02, 0.04, 0.08), "radius / side"),
         "token drop": Corruption(_drop_patches, (0.25, 0.5, 0.75), "rate"),
+    },
+    "video": {
+        "gaussian": Corruption(_every_frame(_gaussian_image), (0.1, 0.2, 0.4), "noise / range"),
+        "blur": Corruption(_every_frame(_blur), (0.02, 0.04, 0.08), "radius / side"),
+        "token drop": Corruption(_drop_frames, (0.25, 0.5, 0.75), "rate"),
     },
     "text": {"token drop": Corruption(_drop_words, (0.25, 0.5, 0.75), "rate")},
     "audio": _SIGNAL,

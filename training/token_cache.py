@@ -42,6 +42,11 @@ def _update(digest, value):
         digest.update(b"text" + value.encode())
     elif isinstance(value, bytes):
         digest.update(b"file" + value)
+    elif isinstance(value, list) and value and isinstance(value[0], dict) and "bytes" in value[0]:
+        # Frames of a video.
+        digest.update(f"list{len(value)}".encode())
+        for item in value:
+            _update(digest, item)
     elif is_conversation(value):
         digest.update(b"chat" + json.dumps(value, sort_keys=True).encode())
     elif isinstance(value, dict):
