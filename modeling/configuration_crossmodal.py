@@ -310,6 +310,8 @@ class CrossModalConfig(PreTrainedConfig):
             modality) or `"resample"` (Perceiver: linear in the number of tokens), and how many latents.
         modality_weighting: `"adaptive"` (learned softmax over the modalities present), `"uncertainty"` (softmax of the
             precision that each modality's own prediction is worth; needs `auxiliary_loss_weight`) or `"uniform"`.
+        modality_prior: by name, what the weight of a modality is multiplied by (1 where it is not named) before weights are made
+            to sum to 1: how far each can be trusted, where the training rows do not tell.
         task_names: of a model that serves several tasks: the weights then depend on `task_ids` of the forward.
         modality_dropout: in training, the probability that a row loses a modality (never its last one): a number for all,
             or a dict by name.
@@ -398,6 +400,7 @@ class CrossModalConfig(PreTrainedConfig):
     bottleneck: str = "exchange"
     num_latents: int = 4
     modality_weighting: str = "adaptive"
+    modality_prior: dict | None = None
     task_names: list[str] | None = None
     modality_dropout: float | int | dict[str, float] = 0.0
     missing_tokens: bool = False
@@ -722,13 +725,21 @@ class CrossModalConfig(PreTrainedConfig):
                 f"fusion_type='interlaced' alternates between modalities, and modality_names={self.modality_names} has "
                 "one. Add a modality, or choose another operator: 'cross', 'joint', 'bottleneck' and 'concat' take one."
             )
-        rates = self.modality_dropout if isinstance(self.modality_dropout, dict) else {}
-        for name in rates:
-            if name not in self.modality_names:
-                raise ValueError(
-                    f"modality_dropout={rates}: {name!r} is no modality of this model. Allowed: "
-                    f"{nearest_first(name, self.modality_names)}."
-                )
+        by_name = {
+            "modality_dropout": self.modality_dropout if isinstance(self.modality_dropout, dict) else {},
+            "modality_prior": self.modality_prior or {},
+        }
+        for key, values in by_name.items():
+            for name in values:
+                if name not in self.modality_names:
+                    raise ValueError(
+                        f"{key}={values}: {name!r} is no modality of this model. Allowed: "
+                        f"{nearest_first(name, self.modality_names)}."
+                    )
+        if not all(value > 0 for value in by_name["modality_prior"].values()):
+            raise ValueError(
+                f"modality_prior={self.modality_prior}. Expected numbers above 0: a modality that is not to count is left out."
+            )
         for name in self.modality_names:
             if not 0 <= self.dropout_of(name) < 1:
                 raise ValueError(

@@ -129,10 +129,13 @@ class ModalityWeighting(nn.Module):
     Uncertainty: w = softmax over present m of -s_m, s_m = a_m a log variance that auxiliary losses teach (see
                  `unimodal_losses`): precision weighting
     Uniform:     1 / (number present)
+
+    With `modality_prior` p_m, all of them as if w_m p_m were made to sum to 1.
     """
 
     def __init__(self, config):
         super().__init__()
+        self.prior = [(config.modality_prior or {}).get(name, 1.0) for name in config.modality_names]
         self.by_uncertainty = config.modality_weighting == "uncertainty"
         self.adaptive = config.modality_weighting == "adaptive" and len(config.modality_names) > 1
         if self.adaptive or self.by_uncertainty:
@@ -151,9 +154,10 @@ class ModalityWeighting(nn.Module):
 
         Returns weights (B,M), 0 for the absent, rows sum to 1; and log variances (B,M), or None.
         """
+        prior = torch.tensor(self.prior, device=pooled.device)
         if not self.adaptive and not self.by_uncertainty:
-            weights = presence.to(pooled.dtype)
-            return weights / weights.sum(dim=1, keepdim=True).clamp(min=1), None
+            weights = (presence * prior).to(pooled.dtype)
+            return weights / weights.sum(dim=1, keepdim=True).clamp(min=min(self.prior)), None
         hidden, bias = self.hidden(pooled), self.bias.weight.squeeze(-1)
         if task_ids is not None:
             hidden, bias = hidden + self.task(task_ids)[:, None], bias + self.task_bias(task_ids)
@@ -163,5 +167,5 @@ class ModalityWeighting(nn.Module):
             # e^-s scales a loss: beyond these bounds one row would drown the others.
             log_variances = scores.clamp(-4.0, 4.0)
             scores = -log_variances
-        scores = scores.masked_fill(~presence, torch.finfo(torch.float32).min)
+        scores = (scores + prior.log()).masked_fill(~presence, torch.finfo(torch.float32).min)
         return scores.softmax(dim=1).masked_fill(~presence, 0.0).to(pooled.dtype), log_variances

@@ -175,6 +175,13 @@ def test_a_folder_that_holds_only_a_test_file_has_just_that_split(tmp_path):
         load_rows(str(tmp_path), "validation")
 
 
+def test_splits_joined_by_a_plus_follow_one_another(tmp_path):
+    for split, count in (("train", 6), ("validation", 4)):
+        color_rows(count).to_parquet(tmp_path / f"{split}.parquet")
+    both = load_rows(str(tmp_path), "train+validation")
+    assert both["answer"] == [*color_rows(6)["answer"], *color_rows(4)["answer"]]
+
+
 def test_a_single_file_is_the_split_that_is_asked_for(tmp_path):
     color_rows(6).to_parquet(tmp_path / "anything.parquet")
     assert len(load_rows(str(tmp_path / "anything.parquet"), "test")) == 6

@@ -173,6 +173,23 @@ def test_weights_follow_the_uncertainty_that_unimodal_losses_teach():
     assert (output.auxiliary_logits[:, 1].argmax(1) == labels).float().mean() < 0.6
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "adaptive"])
+def test_a_prior_says_how_far_each_modality_is_trusted(weighting):
+    # Adaptive weights are equal at the start.
+    config = zoo.tiny_config(
+        "vision", "text", "eeg", modality_weighting=weighting, modality_prior={"text": 3, "eeg": 0.5}
+    )
+    model = CrossModalForVQA(config).eval()
+    presence = torch.tensor([[True, True, True], [True, False, True], [False, True, True], [False, False, True]])
+    found = model(**zoo.tiny_batch(config), modality_mask=presence).modality_weights
+    expected = torch.tensor([[1, 3, 0.5], [1, 0, 0.5], [0, 3, 0.5], [0, 0, 0.5]])
+    torch.testing.assert_close(found, expected / expected.sum(1, keepdim=True))
+    with pytest.raises(ValueError, match="modality_prior=.*'sound' is no modality of this model"):
+        zoo.tiny_config(modality_prior={"sound": 1})
+    with pytest.raises(ValueError, match="Expected numbers above 0"):
+        zoo.tiny_config(modality_prior={"text": 0})
+
+
 def test_uncertainty_without_what_teaches_it_is_refused():
     with pytest.raises(ValueError, match="auxiliary_loss_weight=0"):
         zoo.tiny_config(modality_weighting="uncertainty")

@@ -428,8 +428,9 @@ def test_what_was_learnt_is_not_what_is_measured(tmp_path):
         "output_dir": str(tmp_path / "m"),
     }
     values["eval_split"] = "train"
-    with pytest.raises(ValueError, match="measured on what it learnt. Set holdout"):
-        train(Recipe(**values, name="m"), write=lambda line: None)
+    for split in ("train", "validation+train"):
+        with pytest.raises(ValueError, match="measured on what it learnt. Set holdout"):
+            train(Recipe(**values | {"train_split": split}, name="m"), write=lambda line: None)
     result = train(Recipe(**values | {"holdout": 0.4}, name="m"), write=lambda line: None)
     assert 0 < result["eval_rows"] < 24 and result["eval_rows"] % 2 == 0
 

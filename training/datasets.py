@@ -359,7 +359,7 @@ def load_rows(source, split, limit=None):
 
     Where all rows lie in one split, and a column `split` tells more (Flickr30K on the Hub), that column decides.
 
-    A single file (.parquet, .jsonl, .json, .csv) is taken as the split that is asked for. `limit` says how many rows of a
+    Splits that are joined by + (`train+validation`) are put behind one another. A single file (.parquet, .jsonl, .json, .csv) is taken as the split that is asked for. `limit` says how many rows of a
     drawn world are drawn.
 
     Raises:
@@ -368,6 +368,8 @@ def load_rows(source, split, limit=None):
     import datasets
     from datasets.inspect import SplitsNotFoundError
 
+    if "+" in split:
+        return datasets.concatenate_datasets([load_rows(source, part.strip(), limit) for part in split.split("+")])
     if made := re.fullmatch(r"(matching )?clips of (.+?) \+ (.+?) on (\w+)", source):
         from .clips import clips_dataset
 

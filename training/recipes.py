@@ -24,7 +24,7 @@ class Recipe:
         train_split, eval_split: names of splits.
         max_train_rows, max_eval_rows: use only so many rows, drawn with the seed.
         holdout: part of the training rows, in whole groups, kept out of training to choose the checkpoint by; at 0 it is
-            chosen on `eval_split` itself, whose score is then a little too good. Where `eval_split` is `train_split`, these rows
+            chosen on `eval_split` itself, whose score is then a little too good. Where `eval_split` is part of `train_split`, these rows
             are what is measured.
         min_answer_count: answers rarer than this are no class.
         augment: row of `AUGMENTATIONS`, for training.

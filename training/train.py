@@ -41,11 +41,14 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         ValueError: for data, models or folders that do not fit, before training starts.
     """
     started = time.time()
-    measured_on_held_out = eval_rows is None and recipe.eval_split == recipe.train_split
+    learnt = recipe.train_split.split("+")
+    measured_on_held_out = eval_rows is None and not {recipe.eval_split, *recipe.eval_split.split("+")}.isdisjoint(
+        learnt
+    )
     if measured_on_held_out and not recipe.holdout:
         raise ValueError(
-            f"eval_split and train_split are both {recipe.train_split!r}: the model would be measured on what it learnt. Set holdout, "
-            "whose rows are then what is measured, or use `crossmodal cross-validate`."
+            f"eval_split={recipe.eval_split!r} is part of train_split={recipe.train_split!r}: the model would be measured on what it "
+            "learnt. Set holdout, whose rows are then what is measured, or use `crossmodal cross-validate`."
         )
     output = Path(recipe.output_dir)
     resumed = not fresh and (output / "checkpoints" / "recipe.json").exists()
