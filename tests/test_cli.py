@@ -143,9 +143,14 @@ def test_benchmark_of_kernels_prints_table_growth_and_errors(monkeypatch, capsys
     real = benchmark.kernels
     monkeypatch.setattr(benchmark, "kernels", lambda write: real(lengths=(64, 128), device="cpu", write=write))
     monkeypatch.setattr(benchmark, "feature_errors", lambda: {"exact output": 0.03, 64: 0.01})
+    over_time = benchmark.fusion_over_time
+    monkeypatch.setattr(benchmark, "fusion_over_time", lambda rounds: over_time(64, 48, 4, 16, 2, rounds, "cpu"))
     assert run("benchmark", "--kernels", "--json") == 0
     printed = capsys.readouterr()
-    assert {row["kernel"] for row in json.loads(printed.out.splitlines()[-1])["kernels"]} >= {
+    found = json.loads(printed.out.splitlines()[-1])
+    assert [row["kernel"] for row in found["clips"]] == ["exact", "window"]
+    assert all(row["training_seconds"] > row["forward_seconds"] > 0 for row in found["clips"])
+    assert {row["kernel"] for row in found["kernels"]} >= {
         "exact",
         "window",
         "linear",

@@ -478,6 +478,56 @@ def kernels(lengths=LENGTHS, width=64, heads=1, device=None, longest_exact=None,
     return table
 
 
+def fusion_over_time(frames=4096, steps=4096, window=32, width=128, heads=4, rounds=3, device=None):
+    """Time and peak memory of one fusion layer in which sound and frames of a clip look at each other: all at all, or each at those
+    near its own time.
+
+    Args:
+        frames, steps: of the video and of the sound. window: what is seen on each side. width, heads: of the layer.
+
+    Returns:
+        list of `{"kernel", "forward_seconds", "forward_mib", "training_seconds", "training_mib"}`, for exact attention and for a
+        window; training is a forward and its backward.
+    """
+    from crossmodal import CrossModalConfig
+
+    from ..modeling.fusion_crossmodal import CrossFusionLayer
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    features = {"model_type": "crossmodal_features", "hidden_size": 32, "num_hidden_layers": 0}
+    lengths, runs, table = {"video": frames, "sound": steps}, {}, {}
+    for kernel in ("exact", "window"):
+        config = CrossModalConfig(
+            modalities={name: {"config": dict(features)} for name in lengths},
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=2 * width,
+            attention_kernel=kernel,
+            attention_window=window,
+        )
+        config._attn_implementation = "sdpa"
+        layer = CrossFusionLayer(config).to(device).eval()
+        tokens = {name: torch.randn(1, length, width, device=device) for name, length in lengths.items()}
+        masks = dict.fromkeys(lengths)
+
+        @torch.inference_mode()
+        def forward(layer=layer, tokens=tokens, masks=masks):
+            return layer(tokens, masks)
+
+        def training(layer=layer, tokens=tokens, masks=masks):
+            layer.zero_grad()
+            sum(stream.square().mean() for stream in layer(tokens, masks)[0].values()).backward()
+
+        table[kernel] = {"kernel": kernel}
+        for name, run in (("forward", forward), ("training", training)):
+            table[kernel][f"{name}_mib"] = peak_memory(run, device)
+            runs[f"{kernel} {name}"] = run
+    for name, times in in_turn(runs, device, rounds=rounds, seconds=0.2).items():
+        kernel, mode = name.split()
+        table[kernel][f"{mode}_seconds"] = statistics.median(times)
+    return list(table.values())
+
+
 def growth_and_crossover(table):
     """{kernel: {"exponent": of time over the longer half of the lengths, "crossover": tokens from which on it beats exact}}."""
     found = {}
@@ -526,7 +576,7 @@ def feature_errors(counts=(64, 256, 1024, 4096), keys=1024, width=64, draws=5):
 def peak_memory(run, device):
     """MiB that a call holds at its peak above what was held before, or None where the system does not tell."""
     if device.type == "cuda":
-        torch.cuda.resetpeak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20

@@ -205,11 +205,16 @@ def benchmark(
                 else "; never faster"
             )
             note(f"{name}: time grows with the power {values['exponent']:.2f} of the length{where}")
+        clips = bench.fusion_over_time(rounds=rounds)
+        rows = {row["kernel"]: {key: row[key] for key in row if key != "kernel"} for row in clips}
+        print_table(
+            "A fusion layer of 4,096 frames and 4,096 steps of sound, width 128, window of 32 on each side", rows
+        )
         whole = errors.pop("exact output")
         parts = ", ".join(f"{error:.4f} with {count}" for count, error in errors.items())
         note(f"linear, error against the softmax it approximates (of size {whole:.3f}), by random features: {parts}")
         if as_json:
-            print_json({"kernels": table, "growth": found, "errors": errors})
+            print_json({"kernels": table, "growth": found, "errors": errors, "clips": clips})
         return
     table = bench.compare(size, rounds, write=note)
     for mode, scenario in dict.fromkeys((row["mode"], row["scenario"]) for row in table):
