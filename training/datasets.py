@@ -15,6 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from ..processing.reading_crossmodal import read_image, read_sound
+from .layouts import find_layout, read_layout
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Adapter:
 
 def _annotators(row):
     """Ten answers of VQA v2, stored as strings or as dicts with `answer`."""
+    if row["answers"] is None:
+        raise ValueError(
+            f"question {row.get('question_id')} has no answers: those of the test splits of VQA v2 are not public, their server scores "
+            "them. Evaluate on validation."
+        )
     return [answer["answer"] if isinstance(answer, dict) else answer for answer in row["answers"]]
 
 
@@ -77,11 +83,15 @@ def _pair(column):
     return target
 
 
-def _pairs(*columns):
+def _pairs(*columns, **options):
     """An adapter of images with a text, or a list of texts, in the last column."""
-    return Adapter(
-        "retrieval", columns, {"images": columns[0], "text": columns[-1]}, _pair(columns[-1]), several=columns[-1]
-    )
+    inputs = {"images": columns[0], "text": columns[-1]}
+    return Adapter("retrieval", columns, inputs, _pair(columns[-1]), several=columns[-1], **options)
+
+
+def _first_five(values):
+    """Captions that are paired with an image of COCO, where a few have six or seven: 25,000 of the 5,000 test images."""
+    return range(min(5, len(values)))
 
 
 def _captions(*columns):
@@ -191,6 +201,18 @@ DATASETS = {
     "labelled_clips": _labelled(
         "video", "label", inputs={"videos": "video"}, images=(), clips=("video",), group=lambda row: row.get("id")
     ),
+    # MOSEI as text and sound.
+    "mosei_sounds": Adapter(
+        "sentiment",
+        ("video", "start_time", "text", "audio", "sentiment"),
+        {"text": "text", "audio": "audio"},
+        lambda row: {"score": row["sentiment"], "label": None},
+        images=(),
+        sounds=("audio",),
+        group=lambda row: row["video"],
+        recording=lambda row: row["video"],
+        place=lambda row: row["start_time"],
+    ),
     "sounds_and_images_of_a_class": _labelled(
         "audio",
         "image",
@@ -232,14 +254,16 @@ DATASETS = {
     ),
     "fashion_titles": _pairs("image", "title"),
     # Several texts per image: COCO (Karpathy) and Flickr30K as they are on the Hub.
-    "captions": _pairs("image", "captions"),
-    "caption": _pairs("image", "caption"),
-    "sentences": _pairs("image", "sentences"),
+    "captions": _pairs("image", "captions", items=_first_five),
+    "caption": _pairs("image", "caption", items=_first_five),
+    "sentences": _pairs("image", "sentences", items=_first_five),
+    "sentences_raw": _pairs("image", "sentences_raw", items=_first_five),
     "emoji": _pairs("image", "name", "keywords"),
     "titles_to_write": _captions("image", "title"),
     "captions_to_write": _captions("image", "captions"),
     "caption_to_write": _captions("image", "caption"),
     "sentences_to_write": _captions("image", "sentences"),
+    "sentences_raw_to_write": _captions("image", "sentences_raw"),
     "vqa_v2_to_write": _answers("image", "question", "answers"),
     "answers_to_write": _answers("image", "question", "answer"),
     # A picture and a conversation about it, as chat models are trained: each turn of the assistant is learnt.
@@ -353,6 +377,9 @@ _DRAWN_ROWS = 12_000
 def load_rows(source, split, limit=None):
     """One split of a dataset: a Hub id, a folder or a file that `datasets.load_dataset` reads, or a world of `DRAWN`.
 
+    A folder may hold the files that the authors of a dataset publish (see layouts.py). `A by COLUMN >= NUMBER` (or `>`) makes labels `high`
+    and `low` of a rating, in the column `state`.
+
     `A + B on COLUMN` joins two of these: every row of A with a row of B of the same class in COLUMN, drawn once and for all,
     and the class in the column `class`. `clips of A + B on COLUMN` makes clips of the sounds of A and the pictures of B (see
     clips.py); `matching clips of ...`, half of them beside the sound of others, with `label` "same" or "different".
@@ -378,6 +405,9 @@ def load_rows(source, split, limit=None):
     if joined := re.fullmatch(r"(.+?) \+ (.+?) on (\w+)", source):
         first, second, column = joined.groups()
         return join_rows(load_rows(first, split, limit), load_rows(second, split, limit), column)
+    if rated := re.fullmatch(r"(.+) by (\w+) (>=|>) (-?[\d.]+)", source):
+        inner, column, comparison, number = rated.groups()
+        return high_or_low(load_rows(inner, split, limit), column, float(number), comparison == ">=")
     if source in DRAWN:
         return DRAWN[source](split, limit or _DRAWN_ROWS)
     path = Path(source)
@@ -389,6 +419,8 @@ def load_rows(source, split, limit=None):
             return datasets.load_dataset(readers[path.suffix], data_files={split: str(path)}, split=split)
         if path.is_dir() and not any(p.is_file() for p in path.rglob("*")):
             raise ValueError(f"the folder {source!r} is empty. Expected parquet, jsonl, csv or image files.")
+        if path.is_dir() and (found := find_layout(path)):
+            return read_layout(found[0], path, found[1], split)
         if not path.exists() and (
             path.suffix in readers or source.startswith((".", "/", "~")) or source.count("/") > 1
         ):
@@ -398,11 +430,12 @@ def load_rows(source, split, limit=None):
             rows = _by_column(datasets.load_dataset(source, split=splits[0]), split)
             if rows is not None:
                 return rows
+        split = next((name for name in _SPLIT_VALUES.get(split, ()) if name in splits), split)
         if split not in splits:
             near = sorted(splits, key=lambda s: -difflib.SequenceMatcher(None, split, s).ratio())
             raise ValueError(f"the dataset {source!r} has no split {split!r}. It has: {', '.join(near)}.")
         return datasets.load_dataset(source, split=split)
-    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError) as error:
+    except FileNotFoundError as error:
         raise ValueError(
             f"the dataset {source!r} is neither a folder or file here nor a dataset of the Hub. Correct the name; for a "
             "private one log in with `hf auth login`."
@@ -413,7 +446,7 @@ def load_rows(source, split, limit=None):
 
 
 # What a column `split` calls them. Karpathy's `restval` of COCO is trained on.
-_SPLIT_VALUES = {"train": ("train", "restval"), "validation": ("validation", "val", "dev")}
+_SPLIT_VALUES = {"train": ("train", "restval"), "validation": ("validation", "val", "valid", "dev")}
 
 
 def _by_column(rows, split):
@@ -423,6 +456,22 @@ def _by_column(rows, split):
     values = _SPLIT_VALUES.get(split, (split,))
     chosen = [row for row, value in enumerate(rows["split"]) if value in values]
     return rows.select(chosen) if chosen else None
+
+
+def high_or_low(rows, column, number, inclusive=True):
+    """Rows with a label in the column `state`: `high` where a rating reaches `number` (not `inclusive`: is above it), else `low`.
+
+    Raises:
+        ValueError: for a column that is not there, or a row without a rating.
+    """
+    if column not in rows.column_names:
+        raise ValueError(f"no column {column!r} to make labels of; the dataset has {sorted(rows.column_names)}.")
+    ratings = rows[column][:]
+    for row, rating in enumerate(ratings):
+        if not isinstance(rating, int | float) or not np.isfinite(rating):
+            raise ValueError(f"row {row} has the rating {rating!r} in {column!r}. Expected a number in every row.")
+    states = ["high" if rating > number or (inclusive and rating == number) else "low" for rating in ratings]
+    return rows.remove_columns([name for name in ("state",) if name in rows.column_names]).add_column("state", states)
 
 
 def join_rows(first, second, column):
@@ -485,7 +534,7 @@ def cut_recordings(rows, entries):
         starts = range(0, signal.shape[1] - width + 1, width if step is None else int(round(step * rate)))
         recording = row.get("recording", number)
         made += [
-            row | {"signal": signal[:, start : start + width].tolist(), "recording": recording, "window": window}
+            row | {"signal": signal[:, start : start + width], "recording": recording, "window": window}
             for window, start in enumerate(starts)
         ]
     return datasets.Dataset.from_list(made)

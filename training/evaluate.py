@@ -11,7 +11,8 @@ def task_of(model, columns=()):
         name = "dialogue" if "messages" in columns else "answering" if model.reads_text else "captioning"
         return TASKS[name].from_config(model.config)
     if head == "CrossModalForSequenceClassification" and model.config.problem_type == "regression":
-        return TASKS["sentiment" if set(columns) >= set(DATASETS["mosi_scores"].columns) else "regression"]()
+        of_sentiment = [adapter.columns for adapter in DATASETS.values() if adapter.task == "sentiment"]
+        return TASKS["sentiment" if any(set(columns) >= set(own) for own in of_sentiment) else "regression"]()
     for task in TASKS.values():
         if task.model_class == head:
             return task.from_config(model.config)
