@@ -7,6 +7,7 @@ Shipped to the Hub beside the weights: imports only torch, transformers and sibl
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from .card_crossmodal import UNFILLED, plain_card
 from .composing_crossmodal import load_encoder
 from .configuration_crossmodal import CrossModalConfig, nearest_first
 from .encoders_crossmodal import (
@@ -217,6 +219,12 @@ class CrossModalPreTrainedModel(PreTrainedModel):
                     "save `model.state_dict()` for your own use."
                 )
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        card = Path(working_dir) / "README.md"
+        if UNFILLED in card.read_text(encoding="utf-8"):
+            card.write_text(plain_card(self, repo_id), encoding="utf-8")
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

@@ -22,6 +22,16 @@ class CrossModalPipeline(Pipeline):
     # Usual names of inputs to the arguments of the processor.
     _aliases = {"image": "images", "question": "text", "sound": "audio", "video": "videos"}
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves the processor too, which transformers' own leaves out."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """Pushes processor and model, each as its own `push_to_hub` does: a repo that `pipeline(model=repo_id)` loads."""
+        self.processor.push_to_hub(repo_id, **kwargs)
+        return self.model.push_to_hub(repo_id, **kwargs)
+
     def preprocess(self, sample, **parameters):
         return self._collate([sample])
 

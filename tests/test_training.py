@@ -14,11 +14,11 @@ import torch
 from crossmodal.training.collator import SampleCollator
 from crossmodal.training.datasets import RowDataset, hold_out
 from crossmodal.training.evaluate import evaluate
-from crossmodal.training.publish import export_folder
+from crossmodal.training.publish import export_folder, recipe_text
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.seeds import seeds_table, train_seeds
 from crossmodal.training.tasks import VQATask
-from crossmodal.training.train import recipe_text, train
+from crossmodal.training.train import train
 from crossmodal.training.trainer import TrainingDiverged, last_whole_checkpoint
 from datasets import Dataset
 from transformers import TrainingArguments

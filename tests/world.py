@@ -83,13 +83,15 @@ TINY_RECIPE = {
 }  # fmt: skip
 
 
-def run_as_stranger(code, *arguments, cwd):
+def run_as_stranger(code, *arguments, cwd, **environment):
     """Standard output of a Python process in which this package cannot be imported."""
     blocked = "import sys; sys.modules['crossmodal'] = None\n" + code
     done = subprocess.run(
         [sys.executable, "-c", blocked, *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | {"HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        | environment,
         capture_output=True,
         text=True,
     )

@@ -36,12 +36,14 @@ def load_model(source, wanted=None):
     import crossmodal
 
     from ..processing.processing_crossmodal import CrossModalProcessor
+    from .hub import hub_errors
 
     path = Path(source)
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{source!r} is no model: it has no config.json. Give the folder of a finished model.")
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with hub_errors(source):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"the model {source!r} is neither a folder here nor a repo that the Hub hands out. Correct the name."

@@ -10,7 +10,15 @@ from .tasks import TASKS
 
 
 # Arguments of TrainingArguments that a recipe leaves to the code.
-_RESERVED = {"output_dir", "seed", "data_seed", "remove_unused_columns", "resume_from_checkpoint", "do_train"}
+_RESERVED = {
+    "output_dir",
+    "seed",
+    "data_seed",
+    "remove_unused_columns",
+    "resume_from_checkpoint",
+    "do_train",
+    "hub_token",
+}
 
 
 @dataclass

@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import Dataset
 
 from ..processing.chat_crossmodal import is_conversation
+from .card import put_section
 from .datasets import load_rows
 from .evaluate import samples_of, task_of
 
@@ -207,17 +208,8 @@ def add_to_folder(folder, table, metric, where):
     folder = Path(folder)
     (folder / "robustness.json").write_text(json.dumps(table, indent=1) + "\n")
     robustness_plot(table, metric, folder / "robustness.png")
-    section = (
-        f"{_HEADING}\n\n{metric} on {where}. Missing rows lose the modality at that rate, and keep another one.\n\n"
-        f"{as_markdown(table, metric)}\n\n![{metric} over rates and levels](robustness.png)\n"
+    body = (
+        f"{metric} on {where}. Missing rows lose the modality at that rate, and keep another one.\n\n"
+        f"{as_markdown(table, metric)}\n\n![{metric} over rates and levels](robustness.png)"
     )
-    card = folder / "README.md"
-    text = card.read_text() if card.exists() else ""
-    before, found, after = text.partition(_HEADING)
-    if found:
-        rest = after.find("\n## ")
-        text = before + section + (after[rest:] if rest >= 0 else "")
-    else:
-        before, found, after = text.partition("## Limits")
-        text = before + section + "\n" + found + after
-    card.write_text(text)
+    put_section(folder / "README.md", _HEADING, body)

@@ -5,6 +5,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+from .card import put_section
 from .tasks import TASKS
 from .train import finished_result, train
 
@@ -38,7 +39,25 @@ def train_seeds(recipe, seeds, train_rows=None, eval_rows=None, fresh=False, wri
     }
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
     (Path(recipe.output_dir) / "seeds.json").write_text(json.dumps(result, indent=2) + "\n")
+    for seed in result["seeds"]:
+        put_section(Path(recipe.output_dir) / f"seed-{seed}" / "README.md", _HEADING, _as_markdown(recipe, result))
     return result
+
+
+_HEADING = "## Over seeds"
+
+
+def _as_markdown(recipe, result):
+    """Mean and deviation of every metric that a table has room for."""
+    shown = TASKS[recipe.task].shown(result["metrics"])
+    lines = ["| | mean | deviation |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {value:.4f} | {result['deviation'][name]:.4f} |"
+        for name, value in shown.items()
+        if name != "loss"
+    ]
+    seeds = ", ".join(map(str, result["seeds"]))
+    return f"The same recipe, trained anew with the seeds {seeds} (sample deviation):\n\n" + "\n".join(lines)
 
 
 def seeds_table(recipe, result):

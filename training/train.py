@@ -3,15 +3,14 @@
 import json
 import shutil
 import time
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import yaml
 from transformers import set_seed
 
 from .building import build, encoders_and_config
 from .datasets import RowDataset, contexts_of, cut_recordings, hold_out, load_rows, some_of
+from .hub import publish
 from .plots import learning_curves_plot
 from .publish import export_folder, remove_unfinished
 from .recipes import Recipe
@@ -86,7 +85,9 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     datasets = with_cached_tokens(recipe, model, processor, datasets, write)
     if checkpoint is None and not recipe.warm_up:
         take_statistics(model, processor, datasets["training"])
-    training = {**DEFAULTS, "metric_for_best_model": task.main_metric, **recipe.training}
+    training = {**DEFAULTS, "metric_for_best_model": task.main_metric, "hub_model_id": output.name, **recipe.training}
+    # What is only measured is not published either.
+    training["push_to_hub"] = export and training.get("push_to_hub", False)
     trainer = fit(
         model,
         processor,
@@ -122,11 +123,14 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         "seed": recipe.seed,
         "epochs": trainer.state.epoch,
         "eval_rows": len(eval_dataset),
+        "train_rows": len(train_dataset),
     }
     if export and trainer.is_world_process_zero():
         pictures = {"learning_curves.png": partial(learning_curves_plot, trainer.state.log_history, task)}
         pictures |= task.pictures(outputs, eval_dataset.targets)
         export_folder(trainer.model, processor, output, recipe=recipe, result=result, pictures=pictures)
+        if training["push_to_hub"]:
+            write(f"published: {publish(output, trainer.hub_model_id)['url']}")
     return result | {"model": trainer.model, "processor": processor, "log": trainer.state.log_history}
 
 
@@ -191,22 +195,3 @@ def _claim_folder(recipe, output, fresh, write):
     checkpoints.mkdir(parents=True, exist_ok=True)
     stamp.write_text(json.dumps(wanted, indent=1))
     return None
-
-
-def recipe_text(recipe):
-    """The recipe as published: without the paths of this machine."""
-    values = {key: value for key, value in asdict(recipe).items() if value not in (None, {}, "")}
-    if isinstance(values.get("token_cache"), str):
-        values["token_cache"] = True
-    return yaml.safe_dump(_without_paths(values), sort_keys=False)
-
-
-def _without_paths(value):
-    """A value of a recipe, with the last part of a path alone, however deep it lies."""
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    # A folder that is gone by now is no name on the Hub either.
-    is_path = isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
-    return Path(value).name if is_path else value

@@ -6,14 +6,22 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.utils import logging
 
+from ..model_cards import LICENSE
+from .card import HUB_TASKS, model_card
 from .collator import SampleCollator
 from .datasets import GroupedSampler
 from .gradient_cache import backward_in_parts
+from .hub import hub_errors, publish
 from .mixing import MixingCollator
+
+
+logger = logging.get_logger(__name__)
 
 
 class TrainingDiverged(ValueError):
@@ -194,6 +202,90 @@ class CrossModalTrainer(Trainer):
             self._parts.clear()
             self._gradient_norms.clear()
         super().log(logs, start_time)
+
+    def init_hf_repo(self, token=None, private=None):
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={self.args.hub_strategy.value!r} publishes checkpoints: pickles, and paths of this machine. Expected "
+                "'every_save' or 'end'; checkpoints stay in output_dir."
+            )
+        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """Publishes model and processor with a card that has the last evaluation (see hub.py): Trainer's own would send its pickled
+        arguments along, in which token and paths of this machine lie.
+
+        Args:
+            blocking: wait until it is done, and return what `publish` does; else a Future of it.
+            kwargs: of `create_model_card`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        arguments = {"token": token, "revision": revision or self.args.hub_revision, "message": commit_message}
+        if blocking:
+            return publish(self.args.output_dir, self.hub_model_id, **arguments)
+        return HfApi().run_as_future(publish, self.args.output_dir, self.hub_model_id, **arguments)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self._write_card(Path(checkpoint_folder))
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            publish(
+                checkpoint_folder,
+                self.hub_model_id,
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                message=message,
+            )
+        except ValueError as error:
+            # A Hub that is away for an hour is no reason to stop training.
+            logger.warning(f"step {self.state.global_step} was not published: {error}")
+
+    def create_model_card(self, dataset=None, **kwargs):
+        """Writes the card of a head into `output_dir`, with the last evaluation. dataset: words for the data."""
+        if type(self._whole_model()).__name__ not in HUB_TASKS:
+            super().create_model_card(dataset=dataset, **kwargs)
+        elif self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir), dataset)
+
+    def _whole_model(self):
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _write_card(self, folder, dataset=None):
+        model, processor = self._whole_model(), self.processing_class
+        scored = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
+        metrics = {key.removeprefix("eval_"): value for key, value in scored.items() if key.startswith("eval_")}
+        result = {
+            "metrics": {key: value for key, value in metrics.items() if key not in _TIMES},
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "seed": self.args.seed,
+            "eval_rows": _count(self.eval_dataset),
+            "train_rows": _count(self.train_dataset),
+        }
+        arguments = None if processor is None else [processor.argument_of(name) for name in processor.modality_names]
+        model_card(model, result=result, arguments=arguments, dataset=dataset).save(folder / "README.md")
+        shutil.copyfile(LICENSE, folder / "LICENSE")
+
+
+def _count(dataset):
+    """Rows of a dataset, None where it is not one, or does not say."""
+    return None if isinstance(dataset, dict) or not hasattr(dataset, "__len__") else len(dataset)
+
+
+# What Trainer writes beside the metrics of an evaluation.
+_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 class _GradientNorms(TrainerCallback):
