@@ -377,8 +377,8 @@ _DRAWN_ROWS = 12_000
 def load_rows(source, split, limit=None):
     """One split of a dataset: a Hub id, a folder or a file that `datasets.load_dataset` reads, or a world of `DRAWN`.
 
-    A folder may hold the files that the authors of a dataset publish (see layouts.py). `A by COLUMN >= NUMBER` (or `>`) makes labels `high`
-    and `low` of a rating, in the column `state`.
+    A folder may hold the files that the authors of a dataset publish (see layouts.py). `A by COLUMN >= NUMBER` (or `>`) makes
+    labels `high` and `low` of a rating, in the column `state`.
 
     `A + B on COLUMN` joins two of these: every row of A with a row of B of the same class in COLUMN, drawn once and for all,
     and the class in the column `class`. `clips of A + B on COLUMN` makes clips of the sounds of A and the pictures of B (see
@@ -386,8 +386,8 @@ def load_rows(source, split, limit=None):
 
     Where all rows lie in one split, and a column `split` tells more (Flickr30K on the Hub), that column decides.
 
-    Splits that are joined by + (`train+validation`) are put behind one another. A single file (.parquet, .jsonl, .json, .csv) is taken as the split that is asked for. `limit` says how many rows of a
-    drawn world are drawn.
+    Splits that are joined by + (`train+validation`) follow one another. A single file (.parquet, .jsonl, .json, .csv) is taken
+    as the split that is asked for. `limit` says how many rows of a drawn world are drawn.
 
     Raises:
         ValueError: if there is no such dataset or split, naming those there are.
