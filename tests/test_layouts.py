@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from crossmodal.training.datasets import RowDataset, find_adapter, load_rows
 from crossmodal.training.evaluate import evaluate
+from crossmodal.training.layouts import KINETICS_SOUNDS
 from crossmodal.training.protocols import cross_validate
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.train import train
@@ -288,3 +289,30 @@ def test_the_recipe_of_deap_is_cross_validated_by_person(deap, tmp_path):
     assert [fold["held_out"] for fold in found["folds"]] == ["s01", "s02"] and not found["leaky"]
     # One window of ten seconds from each trial of twelve.
     assert [fold["rows"] for fold in found["folds"]] == [6, 6] and 0 <= found["metrics"]["accuracy"] <= 1
+
+
+# Kinetics-Sounds
+
+
+def test_kinetics_sounds_takes_its_classes_out_of_a_tree_of_clips(tmp_path):
+    clips = [
+        ("train", "playing_piano", "a"),
+        ("train", "tap dancing", "b"),
+        ("train", "abseiling", "c"),
+        ("val", "singing", "d"),
+    ]
+    for split, name, clip in clips:
+        for kind, suffix in (("video", "mp4"), ("audio", "wav")):
+            place = tmp_path / split / kind / name / f"{clip}.{suffix}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if (clip, kind) != ("b", "audio"):
+                place.write_bytes(b"clip")
+    rows = load_rows(str(tmp_path), "train")
+    samples = RowDataset(rows, "classification")
+    assert samples.adapter_name == "labelled_clips_with_sound"
+    assert samples.targets == ["playing piano", "tap dancing"] and rows["id"] == ["a", "b"]
+    assert rows["audio"][0].endswith("train/audio/playing_piano/a.wav") and rows["audio"][1] is None
+    assert load_rows(str(tmp_path), "validation")["label"] == ["singing"]
+    with pytest.raises(ValueError, match="no clip of test in any class of Kinetics-Sounds"):
+        load_rows(str(tmp_path), "test")
+    assert len(set(KINETICS_SOUNDS)) == 31

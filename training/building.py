@@ -147,8 +147,8 @@ def _processor(recipe, config, sources, tokenizer):
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         image_processor = ViTImageProcessorPil(size={"height": height, "width": width})
-    elif "vision" in sources:
-        image_processor = AutoImageProcessor.from_pretrained(sources["vision"])
+    elif (name := _first_of_type(config, "vision", "video")) in sources:
+        image_processor = AutoImageProcessor.from_pretrained(sources[name])
     writing, decoder = None, recipe.model.get("decoder")
     if isinstance(decoder, str):
         writing = AutoTokenizer.from_pretrained(decoder)
@@ -168,9 +168,14 @@ def _processor(recipe, config, sources, tokenizer):
     )
 
 
+def _first_of_type(config, *types):
+    """Name of the first modality of one of these types, or None."""
+    return next((n for n in config.modality_names if config.modality_settings[n]["type"] in types), None)
+
+
 def _feature_extractor(recipe, config, sources):
     """Of the first audio modality: its source's own, or that of its encoder's type with `processor.audio` of the recipe."""
-    name = next((n for n in config.modality_names if config.modality_settings[n]["type"] == "audio"), None)
+    name = _first_of_type(config, "audio")
     if name is None:
         return None
     if name in sources:
