@@ -13,6 +13,7 @@ from importlib import import_module
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 
 from .attention_crossmodal import FeedForwardBlock, SelfAttentionBlock
@@ -46,7 +47,9 @@ class EncodedModality:
             # Its backward is many times as fast as that of values[index], which sorts.
             values = values.index_select(0, self.index)
         if self.present is not None:
-            values = values.masked_fill(~self.present.view(-1, *[1] * (values.dim() - 1)), 0)
+            present = self.present.view(-1, *[1] * (values.dim() - 1))
+            # onnxruntime chooses among numbers only: it has no Where of bool.
+            values = values & present if values.dtype == torch.bool else values.masked_fill(~present, 0)
         return values
 
 
@@ -399,7 +402,8 @@ def _patch_grid(encoder, kind, values, num_tokens):
 def limit_tokens(encoded, max_tokens):
     """Averages neighbouring tokens until at most `max_tokens` are left. Returns an EncodedModality."""
     num_tokens = encoded.levels[0].shape[1]
-    if num_tokens <= max_tokens:
+    # Where the length of an exported graph is free, what is short enough is averaged over single tokens.
+    if statically_known_true(num_tokens <= max_tokens):
         return encoded
     if encoded.grid is not None and encoded.grid[0] * encoded.grid[1] == num_tokens:
         height, width = encoded.grid

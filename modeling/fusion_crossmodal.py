@@ -300,7 +300,7 @@ class MutualFusionLayer(nn.Module):
         """As `CrossFusionLayer`, with a single head."""
         updated, attentions = {}, {}
         for name, stream in tokens.items():
-            found = torch.zeros(len(stream), dtype=torch.bool, device=stream.device)
+            found = torch.zeros(stream.shape[0], dtype=torch.bool, device=stream.device)
             update = torch.zeros_like(stream)
             for other in tokens:
                 if other == name:
@@ -341,7 +341,7 @@ class ExchangeLayer(GradientCheckpointingLayer):
             whole, weights = self.self_attn[name](torch.cat([stream, latents], dim=1), mask, output_attentions)
             whole = self.mlp[name](whole)
             updated[name] = whole[:, :length]
-            present = whole.new_ones(len(whole)) if mask is None else masks[name].any(dim=1).to(whole.dtype)
+            present = whole.new_ones(whole.shape[0]) if mask is None else masks[name].any(dim=1).to(whole.dtype)
             total = total + whole[:, length:] * present[:, None, None]
             count = count + present
             if output_attentions:
@@ -409,7 +409,7 @@ class BottleneckFusion(FusionOperator):
     def run_layers(self, levels, masks, output_attentions, shared):
         levels = _spread(levels, shared, shared)
         tokens, attentions = {}, []
-        rows = len(next(iter(levels.values()))[0])
+        rows = next(iter(levels.values()))[0].shape[0]
         latents = self.latents.weight.expand(rows, -1, -1)
         for index, layer in enumerate(self.layers):
             bridged = self.bridge(index, tokens, levels)

@@ -88,7 +88,7 @@ class WindowKernel(ExactKernel):
     stretch, such as seconds of sound and of video (for m = n this is the sliding window of Longformer, arXiv 2004.05150).
     n and m count up to the last real token of a row, so that padding at the end moves nobody. `attention_window` is w,
     `attention_global_tokens` how many keys at the front everybody sees. With masks the sizes of blocks depend on the data:
-    torch.compile breaks the graph there.
+    torch.compile breaks the graph there, and an exported graph computes all scores and masks them.
     """
 
     def __init__(self, config, num_heads):
@@ -103,8 +103,12 @@ class WindowKernel(ExactKernel):
         places = torch.arange(num_queries, device=query.device).minimum(query_ends[:, None] - 1)
         # (1 or B, Tq); whole numbers, so that no rounding depends on the length.
         centres = ((2 * places + 1) * key_ends[:, None]).div(2 * query_ends[:, None], rounding_mode="floor")
-        size, span = self._block(centres, num_queries, num_keys, query.shape[3], mask is None and query_mask is None)
-        if output_attentions or span >= num_keys:
+        # A graph cannot let sizes of blocks depend on the data: there the window is a mask.
+        as_mask = output_attentions or torch.compiler.is_exporting()
+        if not as_mask:
+            whole = mask is None and query_mask is None
+            size, span = self._block(centres, num_queries, num_keys, query.shape[3], whole)
+        if as_mask or span >= num_keys:
             allowed = self._allowed(torch.arange(num_keys, device=key.device), centres[..., None], key_ends)
             if mask is not None:
                 allowed = allowed & mask[:, None]
@@ -142,7 +146,7 @@ class WindowKernel(ExactKernel):
         has_key = allowed.any(dim=-1)
         allowed = allowed | ~has_key[..., None]
         attend = eager_attention_forward if output_attentions else ALL_ATTENTION_FUNCTIONS["sdpa"]
-        allowed = allowed.expand(len(query), *allowed.shape[1:])
+        allowed = allowed.expand(query.shape[0], *allowed.shape[1:])
         output, weights = attend(self, query, key, value, allowed, scaling=self.scaling, dropout=self.dropout)
         output = output.masked_fill(~has_key.transpose(1, 2)[..., None], 0.0)
         return output, weights.masked_fill(~has_key[..., None], 0.0) if output_attentions else None
@@ -202,6 +206,12 @@ def _ends(mask, tokens):
     return (mask * places).amax(dim=1).clamp(min=1)
 
 
+def _parts(states):
+    """states (B,h,T,d), a few thousand tokens at a time: their features stay in the cache of the processor."""
+    # How many parts there are would fix the length of an exported graph.
+    return [states] if torch.compiler.is_exporting() else states.split(_CHUNK, dim=2)
+
+
 class LinearKernel(nn.Module):
     """Attention by positive random features (FAVOR+, Choromanski et al. 2021, arXiv 2009.14794): O((Tq + Tk) m d).
 
@@ -241,14 +251,11 @@ class LinearKernel(nn.Module):
             content = nn.functional.pad(value.float(), (0, 1), value=1.0)
             if mask is not None:
                 content = content * mask[:, None, :, None]
-            # A few thousand tokens at a time: their features stay in the cache of the processor.
             summary = sum(
                 self._key_features(keys, features).transpose(2, 3) @ part
-                for keys, part in zip(key.split(_CHUNK, dim=2), content.split(_CHUNK, dim=2), strict=True)
+                for keys, part in zip(_parts(key), _parts(content), strict=True)
             )
-            output = torch.cat(
-                [self._query_features(queries, features) @ summary for queries in query.split(_CHUNK, dim=2)], dim=2
-            )
+            output = torch.cat([self._query_features(queries, features) @ summary for queries in _parts(query)], dim=2)
             output, total = output[..., :-1], output[..., -1:]
             weights = None
             if output_attentions:
@@ -284,7 +291,7 @@ class LatentsKernel(ExactKernel):
         self.latents = nn.Parameter(torch.empty(num_heads, config.num_latents, config.hidden_size // num_heads))
 
     def forward(self, query, key, value, mask=None, query_mask=None, output_attentions=False):
-        latents = self.latents.to(key.dtype).expand(len(key), -1, -1, -1)
+        latents = self.latents.to(key.dtype).expand(key.shape[0], -1, -1, -1)
         allowed = None if mask is None else mask[:, None, None, :]
         keys, collecting = eager_attention_forward(self, latents, key, key, allowed, self.scaling)
         values = collecting @ value

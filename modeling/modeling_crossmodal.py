@@ -386,7 +386,10 @@ class CrossModalModel(CrossModalPreTrainedModel):
     @staticmethod
     def _numbers_of_rows(collected):
         """{modality: rows} of what `_collect_inputs` returned."""
-        return {name: len(values if index is None else index) for name, (values, _, index, _) in collected.items()}
+        # Not len(): that is a plain number, and would fix the size of the batch in an exported graph.
+        return {
+            name: (values if index is None else index).shape[0] for name, (values, _, index, _) in collected.items()
+        }
 
     def encode(self, inputs, modality_mask=None):
         """Raw batches to tokens at the tapped depths.
@@ -397,7 +400,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
         names = self.config.modality_names
         values, _, rows, _ = next(iter(inputs.values()))
         presence = torch.tensor([name in inputs for name in names], device=values.device)
-        presence = presence.expand(len(values if rows is None else rows), len(names))
+        presence = presence.expand((values if rows is None else rows).shape[0], len(names))
         if modality_mask is not None:
             if modality_mask.shape != presence.shape:
                 raise ValueError(
@@ -463,6 +466,9 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 if self.training and has_batch_norm(encoder):
                     raise ValueError(f"{name!r} has batch norm: absent rows cannot be compiled in training mode.")
                 values = values.masked_fill(~present.view(-1, *[1] * (values.dim() - 1)), 0)
+                if mask is not None:
+                    # Of rows without a single real token some encoders make NaN.
+                    mask = mask.bool() | ~present.view(-1, *[1] * (mask.dim() - 1))
         elif present is not None and not present.all():
             # It costs less, and batch norm never sees what is not there.
             rows = present.nonzero().squeeze(1)
@@ -514,7 +520,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
             absent = ~presence[:, index]
             if name not in levels:
                 depths = len(self.config.levels_of(name))
-                levels[name] = [token.expand(len(presence), 1, -1)] * depths
+                levels[name] = [token.expand(presence.shape[0], 1, -1)] * depths
                 masks[name] = None
             elif torch.compiler.is_compiling() or absent.any():
                 own = shared.pop(name, None)
@@ -652,7 +658,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
         self._check_task_ids(task_ids)
         collected = self._collect_inputs(inputs)
         sizes = self._numbers_of_rows(collected)
-        if len(set(sizes.values())) > 1:
+        if not all_alike(sizes.values()):
             raise ValueError(f"Modalities have different batch sizes: {sizes}. Give one row each, and modality_mask.")
         encoded, presence = self.encode(collected, modality_mask)
         levels, masks = self.project(encoded)
@@ -684,6 +690,12 @@ class CrossModalModel(CrossModalPreTrainedModel):
             else None,
             cross_attentions=attentions if output_attentions else None,
         )
+
+
+def all_alike(sizes):
+    """Whether sizes are one and the same; those of an exported graph have no hash."""
+    first, *others = sizes
+    return all(size == first for size in others)
 
 
 def _full_mask(tokens, mask):

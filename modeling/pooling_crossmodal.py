@@ -53,7 +53,7 @@ class TokenPooling(nn.Module):
             pooled = (
                 tokens[:, 0]
                 if mask is None
-                else tokens[torch.arange(len(tokens), device=tokens.device), mask.int().argmax(dim=1)]
+                else tokens[torch.arange(tokens.shape[0], device=tokens.device), mask.int().argmax(dim=1)]
             )
         else:
             scores = self.score(tokens).float()

@@ -32,7 +32,7 @@ from .contrastive_crossmodal import (
 )
 from .encoders_crossmodal import EncodedModality
 from .heads_crossmodal import ClassificationHead
-from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel
+from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel, all_alike
 from .pooling_crossmodal import PooledShortcut, TokenPooling
 
 
@@ -258,7 +258,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
     def _features_of(self, collected, modality_mask=None):
         base = self.crossmodal
         sizes = base._numbers_of_rows(collected)
-        if len(set(sizes.values())) == 1:
+        if all_alike(sizes.values()):
             encoded, presence = base.encode(collected, modality_mask)
         elif modality_mask is not None:
             raise ValueError(
