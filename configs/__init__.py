@@ -25,6 +25,13 @@ def load_preset(name):
     return json.loads(_find("models", ".json", name).read_text())
 
 
+def preset_names():
+    """Names of the presets, smallest first."""
+    return sorted(
+        (path.stem for path in (_HERE / "models").glob("*.json")), key=lambda n: load_preset(n)["hidden_size"]
+    )
+
+
 def load_recipe(name):
     """A training recipe by name, or by the path of a YAML file, as a dict."""
     path = Path(name)

@@ -76,7 +76,9 @@ def _synchronise(device):
         torch.cuda.synchronize(device)
 
 
-def _forward(model, batch):
+def forward_call(model, batch):
+    """A function without arguments that runs a forward and returns the logits."""
+
     def run():
         with torch.inference_mode():
             return _logits(model(**batch))
@@ -84,7 +86,8 @@ def _forward(model, batch):
     return run
 
 
-def _training(model, batch):
+def training_call(model, batch):
+    """A function without arguments that makes a step of training: forward, loss, backward, AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     device = batch["input_ids"].device
 
@@ -197,7 +200,7 @@ def compare(size="tiny", rounds=7, training=True, device=None, write=print):
         for name, model in models.items():
             batch = _batch(name, size, questions, images, words, device, generator)
             model.train(mode == "training")
-            runs[name] = (_training if mode == "training" else _forward)(model, batch)
+            runs[name] = (training_call if mode == "training" else forward_call)(model, batch)
             flops[name] = flops_of(model.eval(), batch) * (3 if mode == "training" else 1)
             model.train(mode == "training")
         times = in_turn(runs, device, rounds)
@@ -261,7 +264,7 @@ def where_time_goes(size="tiny", questions=32, images=32, words=_WORDS, rounds=7
             spent[name] += time.perf_counter() - started[name]
 
         handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-    run = _forward(model, batch)
+    run = forward_call(model, batch)
     run()
     spent.update(dict.fromkeys(spent, 0.0))
     whole = time.perf_counter()
@@ -417,7 +420,7 @@ def equal_training_time(recipe, peers=tuple(PEERS), patch=16, depth=2, write=pri
     runs = {}
     for name, model in models.items():
         batch = SampleCollator(processors[name], deduplicate=False)([samples[i] for i in range(min(32, len(samples)))])
-        runs[name] = _forward(model.eval(), {key: value.to(device) for key, value in batch.items()})
+        runs[name] = forward_call(model.eval(), {key: value.to(device) for key, value in batch.items()})
     times = in_turn(runs, device)
     for row in table:
         seconds = times[row["model"]]
