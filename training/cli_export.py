@@ -92,7 +92,8 @@ def profile(
 def _readable(row):
     names = {"forward_ms": "forward ms", "samples_per_second": "samples per second", "forward_mib": "forward MiB"}
     names |= {"step_ms": "training step ms", "step_mib": "training step MiB"}
-    return {name: "" if row[key] is None else f"{row[key]:,.0f}" for key, name in names.items()}
+    digits = {"samples_per_second": 1}
+    return {name: "" if row[key] is None else f"{row[key]:,.{digits.get(key, 0)}f}" for key, name in names.items()}
 
 
 def _rows(count):

@@ -12,10 +12,10 @@ import logging
 import shutil
 import statistics
 import tempfile
+import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..model_cards import card_template
-from .benchmark import in_turn
 from .collator import SampleCollator
 from .evaluate import samples_of, task_of
 
@@ -465,13 +464,17 @@ def measure(model, processor, folder, rows, split, batch_size=32, rounds=3, prog
                 outputs[graph.name].append(runs[graph.name](graph.inputs(batch))[0].float())
         return {name: torch.cat(parts) for name, parts in outputs.items()}
 
-    table, calls = [], {}
+    table, times = [], {name: [] for name in contenders}
     for name, (runs, mib) in contenders.items():
         found = passes(runs)
         scores = task.score_outputs(found["model"] if classifies else found, samples.targets)
         table.append({"model": name, **task.shown(scores), "mib": mib})
-        calls[name] = partial(passes, runs)
-    times = in_turn(calls, torch.device("cpu"), rounds, seconds=0)
+    # What was scored is warm.
+    for _ in range(rounds):
+        for name, (runs, _) in contenders.items():
+            started = time.perf_counter()
+            passes(runs)
+            times[name].append(time.perf_counter() - started)
     for row in table:
         row["samples_per_second"] = len(samples) / statistics.median(times[row["model"]])
     return table
