@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_crossmodal import TextDecoderConfig
 from .decoder_crossmodal import CAUSAL_MODELS, DECODERS
-from .losses_crossmodal import text_loss
+from .losses_crossmodal import mean_loss, text_counts, text_losses
 from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel
 
 
@@ -58,6 +58,7 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    accepts_loss_kwargs = True
 
     def __init__(self, config, encoders=None):
         super().__init__(config)
@@ -172,6 +173,7 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
         task_ids=None,
         output_attentions=None,
         logits_to_keep=0,
+        num_items_in_batch=None,
         **named_inputs,
     ):
         """The inputs of `CrossModalModel`, and of the decoder.
@@ -185,6 +187,8 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
             encoder_outputs: FusedMemory of an earlier call, instead of the inputs.
             past_key_values: EncoderDecoderCache of the words before. use_cache: return one.
             logits_to_keep: scores of so many last words only; 0: of all.
+            num_items_in_batch: the number of words to write in all accumulation steps and processes (with target_weights the sum
+                of `count_items`); the loss is then the part of these rows in the mean over all. None: their own mean.
 
         Returns:
             CrossModalCaptioningOutput.
@@ -232,7 +236,9 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
             kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
             logits = self.lm_head(kept)
             if labels is not None:
-                loss = text_loss(logits, labels, config.label_smoothing, target_weights)
+                loss = mean_loss(*self.row_losses(logits, labels, target_weights))
+        if loss is not None and num_items_in_batch is not None:
+            loss = loss * self._share_of_step(num_items_in_batch, labels, target_weights=target_weights)[0]
         return CrossModalCaptioningOutput(
             loss=loss,
             logits=logits,
@@ -263,7 +269,7 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
             )
 
     def _loss_in_chunks(self, hidden, labels, target_weights):
-        """`text_loss` without the scores of all words at once: they are computed again in the backward."""
+        """Mean of `text_losses` without the scores of all words at once: they are computed again in the backward."""
         config = self.config.decoder_config
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         weights = None if target_weights is None else target_weights[:, None].expand_as(labels).flatten()
@@ -277,11 +283,19 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
                 None if weights is None else weights[part],
                 use_reentrant=False,
             )
-        return total / (len(labels) if target_weights is not None else (labels != -100).sum().clamp(min=1))
+        return total / text_counts(labels, target_weights).sum().clamp(min=1)
 
     def _loss_of(self, hidden, labels, weights):
-        smoothing = self.config.decoder_config.label_smoothing
-        return text_loss(self.lm_head(hidden), labels, smoothing, weights, reduction="sum")
+        """Sum over words, each as a row of its own. hidden (N,D), labels (N,), weights (N,) or None."""
+        return self.row_losses(self.lm_head(hidden)[:, None], labels[:, None], weights)[0].sum()
+
+    def row_losses(self, logits, labels, target_weights=None, **batch):
+        """Loss of each row (B,), and how much it counts (B,), of logits and the inputs of a forward."""
+        return text_losses(logits, labels, self.config.decoder_config.label_smoothing, target_weights)
+
+    def count_items(self, labels, target_weights=None, **batch):
+        """How much the rows of a batch, the inputs of a forward, count in a mean over several batches: (1,)."""
+        return text_counts(labels, target_weights).sum().view(1)
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """transformers' `generate`, on the inputs of a forward: what the modalities say is fused once, before the first word.

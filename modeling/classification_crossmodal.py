@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .heads_crossmodal import AuxiliaryHeads, ClassificationHead
-from .losses_crossmodal import mean_loss, row_losses, unimodal_losses
+from .losses_crossmodal import mean_loss, row_counts, row_losses, unimodal_losses
 from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel
 
 
@@ -43,6 +43,7 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
     """
 
     custom_pipelines = None
+    accepts_loss_kwargs = True
 
     def __init__(self, config, encoders=None):
         super().__init__(config)
@@ -67,6 +68,7 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
         task_ids=None,
         output_attentions=None,
         output_hidden_states=None,
+        num_items_in_batch=None,
         **named_inputs,
     ):
         """The inputs of `CrossModalModel`, and labels.
@@ -74,28 +76,32 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
         Args:
             labels: (B,) long ids (-100: a row that does not count) or (B,A) probabilities of one label, (B,A) scores in [0,1] of
                 several, or (B,) or (B,A) real numbers of a regression.
+            num_items_in_batch: what the rows of all accumulation steps and processes count together, the sum of `count_items`, or
+                the number of their labels; the loss is then the part of these rows in the mean over all. None: their own mean.
 
         Returns:
             CrossModalClassifierOutput.
         """
+        inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {key: value for key, value in named_inputs.items() if key != "return_dict"}
         outputs = self.crossmodal(
-            pixel_values=pixel_values,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
             modality_mask=modality_mask,
             task_ids=task_ids,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_tokens=False,
             return_dict=True,
-            **{key: value for key, value in named_inputs.items() if key != "return_dict"},
+            **inputs,
         )
         logits = self.classifier(outputs.pooler_output)
-        loss = None
+        loss, share = None, None
         if labels is not None:
             self._check_labels(logits, labels)
             options = self._loss_options(logits.device)
             loss = mean_loss(*row_losses(logits, labels, **options))
+            if num_items_in_batch is not None:
+                share = self._share_of_step(num_items_in_batch, labels, modality_mask=modality_mask, **inputs)
+                loss = loss * share[0]
         auxiliary_logits, auxiliary_losses = None, None
         if self.config.auxiliary_loss_weight:
             auxiliary_logits = self.auxiliary(outputs.unimodal_embeddings)
@@ -109,7 +115,10 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
                 )
                 if self.training:
                     # Left out of what an evaluation reports, so that losses compare with those of other models.
-                    loss = loss + self.config.auxiliary_loss_weight * auxiliary_losses.mean()
+                    own = auxiliary_losses
+                    if share is not None:
+                        own = own * (share[1:] if len(share) > 1 else share)
+                    loss = loss + self.config.auxiliary_loss_weight * own.mean()
         return CrossModalClassifierOutput(
             loss=loss,
             logits=logits,
@@ -122,6 +131,22 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
             auxiliary_losses=auxiliary_losses,
         )
 
+    def row_losses(self, logits, labels, **batch):
+        """Loss of each row (B,), and how much it counts (B,), of logits and the inputs of a forward."""
+        return row_losses(logits, labels, **self._loss_options(logits.device))
+
+    def count_items(self, labels, modality_mask=None, task_ids=None, **inputs):
+        """How much the rows of a batch, the inputs of a forward, count in a mean over several batches: (1,), or with
+        `auxiliary_loss_weight` (1+M,), those of them that have each modality too."""
+        self._settle_problem_type(labels)
+        options = self._loss_options(labels.device)
+        counts = row_counts(labels, options["problem_type"], options["class_weights"])
+        if not self.config.auxiliary_loss_weight:
+            return counts.sum().view(1)
+        # Before modality dropout: what it takes out is known only in the forward, and is made up for by the mean of what is left.
+        presence = self.crossmodal.presence_of(inputs, modality_mask)
+        return torch.cat([counts.sum().view(1), counts @ presence.float()])
+
     def _loss_options(self, device):
         """Arguments of `row_losses` that the config says."""
         config = self.config
@@ -133,12 +158,16 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
             "class_weights": weights,
         }
 
+    def _settle_problem_type(self, labels):
+        """Takes `config.problem_type` from labels where it is not said."""
+        if self.config.problem_type is None:
+            many = "regression" if labels.dim() == 1 else "multi_label_classification"
+            self.config.problem_type = many if labels.is_floating_point() else "single_label_classification"
+
     def _check_labels(self, logits, labels):
         """Settles `config.problem_type`, and refuses labels that do not fit it."""
+        self._settle_problem_type(labels)
         config, real = self.config, labels.is_floating_point()
-        if config.problem_type is None:
-            many = "regression" if labels.dim() == 1 else "multi_label_classification"
-            config.problem_type = many if real else "single_label_classification"
         shapes = [logits.shape if real else logits.shape[:1]]
         if config.problem_type == "regression" and logits.shape[1] == 1:
             shapes.append(logits.shape[:1])

@@ -8,6 +8,7 @@ Shipped to the Hub beside the weights: imports only torch, transformers and sibl
 
 import inspect
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -273,6 +274,45 @@ def keep_all_layers(encoder):
 def has_batch_norm(encoder):
     """Whether rows of a batch see each other in training."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
+
+
+@contextmanager
+def keeping_statistics(encoder):
+    """Batch norms as in evaluation: what is encoded inside leaves no trace in them."""
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for norm in norms:
+        norm.eval()
+    yield
+    for norm in norms:
+        norm.train()
+
+
+def blank_input(encoder, settings):
+    """Zeros (1,...) in place of one input of an encoder, of a size that it takes; None of one whose config does not say.
+
+    settings: of the modality.
+    """
+    config, kind = getattr(encoder, "config", None), settings["type"]
+    if kind == "text":
+        return torch.zeros(1, 1, dtype=torch.long)
+    steps = 2 * settings.get("context", 0) + 1
+    if kind == "features" and hasattr(config, "feature_size"):
+        return torch.zeros(1, steps, config.feature_size)
+    if kind == "eeg" and isinstance(config, EEGConfig):
+        return torch.zeros(1, steps, config.num_channels, config.num_bands, 2)
+    if kind in ("vision", "video") and isinstance(config, PreTrainedConfig):
+        size = getattr(config, "image_size", None) or 64
+        size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        frames = (getattr(config, "num_frames", 1),) if kind == "video" else ()
+        return torch.zeros(1, *frames, getattr(config, "num_channels", 3), *size)
+    if hasattr(config, "max_source_positions"):
+        return torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)
+    if hasattr(config, "conv_stride"):
+        # One token, and a few more samples than it is made of.
+        return torch.zeros(1, 2 * math.prod(config.conv_stride) + math.prod(config.conv_kernel))
+    if hasattr(config, "max_length") and hasattr(config, "num_mel_bins"):
+        return torch.zeros(1, config.max_length, config.num_mel_bins)
+    return None
 
 
 def encode_modality(encoder, kind, values, mask, levels, frame_tokens=None):

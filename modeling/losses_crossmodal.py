@@ -8,6 +8,18 @@ import torch
 from torch import nn
 
 
+def row_counts(labels, problem_type, class_weights=None):
+    """How much each row counts in a mean of `row_losses`: (B,)."""
+    if problem_type in ("regression", "absolute"):
+        return (~labels.isnan().view(len(labels), -1).any(-1)).float()
+    if problem_type == "multi_label_classification":
+        return labels.new_ones(len(labels), dtype=torch.float32)
+    if labels.is_floating_point():
+        return torch.ones_like(labels[:, 0]) if class_weights is None else labels.float() @ class_weights
+    counted = (labels != -100).float()
+    return counted if class_weights is None else class_weights[labels.clamp(min=0)] * counted
+
+
 def row_losses(logits, labels, problem_type, label_smoothing=0.0, class_weights=None):
     """Loss of every row alone, and how much each row counts: their mean is losses.sum() / counts.sum().
 
@@ -20,25 +32,21 @@ def row_losses(logits, labels, problem_type, label_smoothing=0.0, class_weights=
 
     logits (B,C), class_weights (C,) or None. Returns (B,) and (B,).
     """
-    logits, ones = logits.float(), logits.new_ones(len(logits), dtype=torch.float32)
+    logits, counts = logits.float(), row_counts(labels, problem_type, class_weights)
     if problem_type in ("regression", "absolute"):
         labels = labels.view(logits.shape).float()
-        known = ~labels.isnan().any(-1)
-        apart = logits - torch.where(known[:, None], labels, logits.detach())
-        return (apart.abs() if problem_type == "absolute" else apart.square()).mean(-1), ones * known
+        apart = logits - torch.where(counts[:, None] > 0, labels, logits.detach())
+        return (apart.abs() if problem_type == "absolute" else apart.square()).mean(-1), counts
     if problem_type == "multi_label_classification":
         losses = nn.functional.binary_cross_entropy_with_logits(
             logits, labels.float(), pos_weight=class_weights, reduction="none"
         )
-        return losses.sum(-1), ones
+        return losses.sum(-1), counts
     labels = labels.float() if labels.is_floating_point() else labels
     losses = nn.functional.cross_entropy(
         logits, labels, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
     )
-    if labels.is_floating_point():
-        return losses, ones if class_weights is None else labels @ class_weights
-    counted = labels != -100
-    return losses, counted.float() if class_weights is None else class_weights[labels.clamp(min=0)] * counted
+    return losses, counts
 
 
 def mean_loss(losses, counts):
@@ -67,24 +75,26 @@ def unimodal_losses(
     return torch.stack(losses)
 
 
-def text_loss(logits, labels, label_smoothing=0.0, weights=None, reduction="mean"):
-    """Cross entropy of words that are to be written.
+def text_counts(labels, weights=None):
+    """How much each row counts in a mean of `text_losses`: (B,)."""
+    words = (labels != -100).sum(-1).float()
+    return words if weights is None else torch.ones_like(words)
 
-    Without weights the mean over words. With weights w of rows, such as the scores of their answers, sum_b w_b (sum over words
-    of b) / B (ALBEF, Li et al. 2021, arXiv 2107.07651).
 
-    logits (B,T,V) and labels (B,T) with -100 for what does not count, weights (B,) or None; with reduction="sum" also flat:
-    (N,V), (N,), (N,). Returns a scalar.
+def text_losses(logits, labels, label_smoothing=0.0, weights=None):
+    """Cross entropy of the words that each row is to write, and how much the row counts: their mean is losses.sum() / counts.sum().
+
+    Without weights a row counts as many times as it has words. With weights w of rows, such as the scores of their answers, it
+    is sum_b w_b (sum over words of b) / B (ALBEF, Li et al. 2021, arXiv 2107.07651).
+
+    logits (B,T,V) and labels (B,T) with -100 for what does not count, weights (B,) or None. Returns (B,) and (B,).
     """
     losses = nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(),
+        logits.flatten(0, 1).float(),
         labels.flatten(),
         ignore_index=-100,
         label_smoothing=label_smoothing,
         reduction="none",
-    ).view(labels.shape)
-    if weights is not None:
-        losses = losses * (weights if weights.dim() == losses.dim() else weights[:, None])
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / (len(labels) if weights is not None else (labels != -100).sum().clamp(min=1))
+    )
+    losses = losses.view(labels.shape).sum(-1)
+    return losses if weights is None else losses * weights, text_counts(labels, weights)

@@ -6,6 +6,7 @@ Letters: B batch, T_m tokens of modality m, D hidden_size, M modalities.
 Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +20,18 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .card_crossmodal import UNFILLED, plain_card
 from .composing_crossmodal import load_encoder
 from .configuration_crossmodal import CrossModalConfig, nearest_first
+from .contrastive_crossmodal import is_distributed
 from .encoders_crossmodal import (
     ENCODERS,
     CustomEncoderConfig,
+    blank_input,
     build_encoder,
     encode_modality,
     freeze_untrained,
     grid_positions,
     has_batch_norm,
     keep_all_layers,
+    keeping_statistics,
     limit_tokens,
     pack_tokens,
     sine_positions,
@@ -110,7 +114,7 @@ class CrossModalPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text", "audio", "video")
     supports_gradient_checkpointing = True
-    # Losses are plain means over the batch: Trainer has to do the division by accumulation steps and ranks.
+    # Whether the loss is a mean over what `num_items_in_batch` counts. Else Trainer divides by accumulation steps and ranks.
     accepts_loss_kwargs = False
     _no_split_modules = [
         "CrossFusionLayer",
@@ -150,6 +154,17 @@ class CrossModalPreTrainedModel(PreTrainedModel):
         initialise_kernel(module)
         for name, value in getattr(module, "initial_values", {}).items():
             init.constant_(getattr(module, name), value)
+
+    def _share_of_step(self, num_items_in_batch, labels, **batch):
+        """The part that a batch is of its training step, of which a loss is a mean: over all rows of its accumulation steps and
+        processes, and not over their means.
+
+        num_items_in_batch: the sum of `count_items` over the step, as `CrossModalTrainer` gives it, or transformers' own scalar,
+        the number of labels that are not -100. Returns (1,), or (1+M,) as `count_items`.
+        """
+        given = torch.as_tensor(num_items_in_batch, device=labels.device)
+        own = self.count_items(labels, **batch) if given.dim() == 1 else (labels != -100).sum().view(1)
+        return own / given.float().view(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
     @property
     def _base(self):
@@ -391,25 +406,35 @@ class CrossModalModel(CrossModalPreTrainedModel):
             name: (values if index is None else index).shape[0] for name, (values, _, index, _) in collected.items()
         }
 
+    def presence_of(self, inputs, modality_mask=None):
+        """(B,M) bool: the modalities that each row has, of the inputs of a forward and `modality_mask`; before modality dropout."""
+        return self._presence(self._collect_inputs(inputs), modality_mask)
+
+    def _presence(self, collected, modality_mask):
+        names = self.config.modality_names
+        values, _, rows, _ = next(iter(collected.values()))
+        presence = torch.tensor([name in collected for name in names], device=values.device)
+        presence = presence.expand((values if rows is None else rows).shape[0], len(names))
+        if modality_mask is None:
+            return presence
+        if modality_mask.shape != presence.shape:
+            raise ValueError(
+                f"modality_mask has shape {tuple(modality_mask.shape)}. Expected {tuple(presence.shape)}: rows by "
+                f"modalities {names}."
+            )
+        return presence & modality_mask.bool()
+
     def encode(self, inputs, modality_mask=None):
         """Raw batches to tokens at the tapped depths.
 
         inputs {modality: (values, mask or None, index or None, whether they are tokens)}, modality_mask (B,M) bool or None. Returns
         ({modality: EncodedModality} for what is present, presence (B,M) bool).
         """
-        names = self.config.modality_names
-        values, _, rows, _ = next(iter(inputs.values()))
-        presence = torch.tensor([name in inputs for name in names], device=values.device)
-        presence = presence.expand((values if rows is None else rows).shape[0], len(names))
-        if modality_mask is not None:
-            if modality_mask.shape != presence.shape:
-                raise ValueError(
-                    f"modality_mask has shape {tuple(modality_mask.shape)}. Expected {tuple(presence.shape)}: rows by "
-                    f"modalities {names}."
-                )
-            presence = presence & modality_mask.bool()
+        names, presence = self.config.modality_names, self._presence(inputs, modality_mask)
         if self.training and any(map(self.config.dropout_of, names)):
             presence = modality_mask = self._drop_modalities(presence)
+        if self._runs_all_modalities():
+            inputs, modality_mask = self._with_blanks(inputs, presence), presence
         if modality_mask is not None:
             if not torch.compiler.is_compiling() and not presence.any(dim=1).all():
                 row = int((~presence.any(dim=1)).nonzero()[0])
@@ -422,6 +447,23 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 if result is not None:
                     encoded[name] = result
         return encoded, presence
+
+    def _runs_all_modalities(self):
+        """Whether modules of a modality that no row of the batch has are run all the same, on a blank that counts for nothing: in
+        training over several processes, each of which waits for the others in the same modules (FSDP) and for a gradient of the
+        same parameters (DDP), while their batches may lack different modalities."""
+        return self.training and is_distributed()
+
+    def _with_blanks(self, inputs, presence):
+        """`encode`'s inputs, with a blank for each modality that is not there."""
+        blanks = {}
+        for name, settings in self.config.modality_settings.items():
+            blank = None if name in inputs else blank_input(self.encoders[name], settings)
+            if blank is not None:
+                index = torch.zeros(len(presence), dtype=torch.long, device=presence.device)
+                dtype = self.modality_types.weight.dtype if blank.is_floating_point() else None
+                blanks[name] = (blank.to(presence.device, dtype), None, index, False)
+        return inputs | blanks
 
     def _drop_modalities(self, presence):
         """Takes modalities from rows at random (ModDrop, Neverova et al. 2015, arXiv 1501.00102), never the last one.
@@ -460,6 +502,7 @@ class CrossModalModel(CrossModalPreTrainedModel):
         is_encoded: they are tokens; present (B,) bool or None. Returns an EncodedModality, or None if no row has this modality.
         """
         encoder, kind = self.encoders[name], self.config.modality_settings[name]["type"]
+        blank = False
         if torch.compiler.is_compiling():
             # Fixed shapes: absent rows are encoded as zeros and taken out afterwards.
             if present is not None and index is None:
@@ -472,11 +515,15 @@ class CrossModalModel(CrossModalPreTrainedModel):
         elif present is not None and not present.all():
             # It costs less, and batch norm never sees what is not there.
             rows = present.nonzero().squeeze(1)
-            if len(rows) == 0:
+            if len(rows):
+                used, inverse = (rows if index is None else index[rows]).unique(return_inverse=True)
+                values, mask = values[used], None if mask is None else mask[used]
+                index = torch.zeros(len(present), dtype=torch.long, device=values.device).index_copy(0, rows, inverse)
+            elif self._runs_all_modalities():
+                blank, values, mask = True, torch.zeros_like(values[:1]), None
+                index = torch.zeros_like(present, dtype=torch.long)
+            else:
                 return None
-            used, inverse = (rows if index is None else index[rows]).unique(return_inverse=True)
-            values, mask = values[used], None if mask is None else mask[used]
-            index = torch.zeros(len(present), dtype=torch.long, device=values.device).index_copy(0, rows, inverse)
         else:
             present = None
         levels = self.config.levels_of(name)
@@ -487,7 +534,8 @@ class CrossModalModel(CrossModalPreTrainedModel):
             widths = [sizes[level] for level in levels]
             encoded = unpack_tokens(name, values, mask, widths, by_frame=frame_tokens is not None)
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.config.frozen_modalities):
+            learns = torch.is_grad_enabled() and name not in self.config.frozen_modalities
+            with torch.set_grad_enabled(learns), keeping_statistics(encoder) if blank else nullcontext():
                 encoded = encode_modality(encoder, kind, values, mask, levels, frame_tokens)
             limit = settings.get("max_tokens")
             if limit is not None:

@@ -267,7 +267,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         else:
             encoded, presence = {}, None
             for name, item in collected.items():
-                encoded |= base.encode({name: item})[0]
+                encoded[name] = base.encode({name: item})[0][name]
         levels, _ = base.project(encoded)
         found = {}
         for name, item in encoded.items():

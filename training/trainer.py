@@ -58,6 +58,8 @@ class CrossModalTrainer(Trainer):
         if hasattr(self.data_collator, "row_ids"):
             self.data_collator.row_ids = True
         self._balance, self._parts, self._gradient_norms, self._rows = {}, {}, {}, []
+        # (rows, 2) of every batch of an evaluation: the loss of a row, and how much it counts.
+        self._row_losses = []
         self.add_callback(_GradientNorms(self._gradient_norms))
         names = self.model.config.modality_names
         for component in self.learning_rates:
@@ -106,7 +108,34 @@ class CrossModalTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._note(loss, outputs)
+        elif self.model_accepts_loss_kwargs and "labels" in inputs:
+            rows = self.accelerator.unwrap_model(model, keep_torch_compile=False).row_losses(
+                outputs["logits"], **inputs
+            )
+            self._row_losses.append(self.accelerator.gather_for_metrics(torch.stack(rows, dim=1).detach()))
         return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """What the rows of a step count in its loss, over all accumulation steps and processes (see `count_items` of the model):
+        labels may count differently, and modalities be there in some rows only."""
+        if (
+            not (self.model_accepts_loss_kwargs and batch_samples and "labels" in batch_samples[0])
+            or self.args.n_gpu > 1
+        ):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        batches = [{key: value for key, value in batch.items() if key != "row_ids"} for batch in batch_samples]
+        counts = sum(self.model.count_items(**batch) for batch in batches).to(device)
+        return self.accelerator.reduce(counts, "sum") if self.args.average_tokens_across_devices else counts
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """transformers' own, with each row once in the loss: there it is a mean of means of batches, of whatever size, and of what
+        fills up the last batch of several processes."""
+        self._row_losses.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._row_losses:
+            losses, counts = torch.cat(self._row_losses).double().sum(0)
+            output.metrics[f"{metric_key_prefix}_loss"] = (losses / counts).item()
+        return output
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.gradient_cache is None:
