@@ -75,7 +75,7 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
         self.reads_text = any(settings["type"] == "text" for settings in config.modality_settings.values())
         self.post_init()
-        self.crossmodal._apply_freezing()
+        self._apply_freezing()
         if self.generation_config is not None:
             self.generation_config.update(
                 bos_token_id=decoder.bos_token_id,

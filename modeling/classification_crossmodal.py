@@ -55,7 +55,7 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
         if config.auxiliary_loss_weight:
             self.auxiliary = AuxiliaryHeads(config)
         self.post_init()
-        self.crossmodal._apply_freezing()
+        self._apply_freezing()
 
     @can_return_tuple
     def forward(

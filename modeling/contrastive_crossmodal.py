@@ -268,16 +268,16 @@ def is_distributed():
 
 
 def gather(rows):
-    """rows (B,...) of this process to those of all processes, with gradient; as it is in a single process."""
-    return _Gather.apply(rows) if is_distributed() else rows
+    """rows (B,...) of this process to those of all processes, with gradient."""
+    return _Gather.apply(rows)
 
 
-def mean_over_ranks(total, count):
-    """The sum of losses on this process to what, averaged over processes as DDP does with gradients, is the mean over all
-    rows of all processes. total: scalar, count: rows of this process that counted."""
+def mean_over_rows(total, count, shared=False):
+    """The sum of losses to their mean. shared: over the rows of all processes, to what gives it when processes are averaged, as DDP does
+    with gradients. total: scalar, count: rows of this process that counted."""
     count = torch.as_tensor(count, device=total.device, dtype=torch.float32)
-    if is_distributed():
+    if shared:
         count = count.clone()
         dist.all_reduce(count)
-        return total * dist.get_world_size() / count.clamp(min=1)
+        total = total * dist.get_world_size()
     return total / count.clamp(min=1)

@@ -134,6 +134,11 @@ class CrossModalPreTrainedModel(PreTrainedModel):
         config.validate()
         super().__init__(config, *args, **kwargs)
 
+    def post_init(self):
+        super().post_init()
+        # With those of the encoders. Accelerate stops at a name of which a model has no module.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
     @torch.no_grad()
     def _init_weights(self, module):
         # Leaves only: for remote code transformers never calls this on a module without parameters of its own.
@@ -211,6 +216,10 @@ class CrossModalPreTrainedModel(PreTrainedModel):
 
     def _set_frozen(self, frozen):
         self.config.frozen_modalities = [name for name in self.config.modality_names if name in frozen]
+        self._apply_freezing()
+
+    def _apply_freezing(self):
+        """Takes out of training what the config says, and what no loss reaches."""
         self._base._apply_freezing()
 
     def set_attn_implementation(self, attn_implementation, **kwargs):
@@ -245,7 +254,7 @@ class CrossModalPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
         # Loading replaces parameters by new ones, all of which require a gradient.
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._base._apply_freezing()
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._apply_freezing()
         return loaded
 
     @classmethod

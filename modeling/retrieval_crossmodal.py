@@ -24,7 +24,7 @@ from .contrastive_crossmodal import (
     is_distributed,
     late_interaction,
     matching_loss,
-    mean_over_ranks,
+    mean_over_rows,
     positives_of,
     ranking_loss,
     recovered_tokens,
@@ -248,7 +248,23 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         if config.loss_weighting == "learned":
             self.loss_weights = LossWeights(self.loss_names)
         self.post_init()
-        self.crossmodal._apply_freezing()
+        self._apply_freezing()
+
+    def _apply_freezing(self):
+        super()._apply_freezing()
+        config, base, towers = self.config, self.crossmodal, self.towers.values()
+        parts = []
+        if not config.matching_weight:
+            parts += [base.fusion, base.poolings, base.weighting, base.outputs, self.matching]
+            parts += [base.missing_tokens] if config.missing_tokens else []
+        if not config.contrastive_weight or config.contrastive_loss == "triplet":
+            parts.append(self.logit_scale)
+        if not config.contrastive_weight and not (config.matching_weight and config.matching == "cosine"):
+            parts += [part for tower in towers for part in (tower.pooling, tower.projection, tower.shortcut) if part]
+            if not (config.num_unimodal_layers or config.alignment_weight or config.cross_weight):
+                parts += towers
+        for part in parts:
+            part.requires_grad_(False)
 
     def features(self, inputs, modality_mask=None):
         """Inputs of a forward to {modality: ModalityFeatures} and presence (B,M) bool, or None where modalities differ in
@@ -380,7 +396,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             if not together:
                 raise ValueError("return_match=True scores rows of several modalities. Give as many rows of each.")
             output.match_logits, output.modality_weights, _ = self.match(features, presence)
-        if return_loss and (together or (self.training and is_distributed())):
+        if return_loss and (together or self.crossmodal._runs_all_modalities()):
             output.loss, output.losses, weights = self._loss(features, embeds, presence, labels)
             output.modality_weights = weights if output.modality_weights is None else output.modality_weights
         return output
@@ -435,6 +451,9 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         pairs = [pair for pair in combinations(features, 2) if (self._both(presence, pair)).any()]
         if "alignment" in self.loss_names:
             parts["alignment"] = self._mean([self._alignment_loss(features, p, presence, labels) for p in pairs], some)
+            if self.crossmodal._runs_all_modalities():
+                # Another process may have rows of pairs that this one lacks.
+                parts["alignment"] = parts["alignment"] + 0.0 * sum(p.sum() for p in self.alignment.parameters())
         if "cross" in self.loss_names:
             found = [self._cross_loss(features, pair, presence) for pair in pairs]
             parts["cross"] = self._mean([loss for loss, _ in found], some)
@@ -472,16 +491,18 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         return presence[:, columns].all(dim=1)
 
     def _contrastive_loss(self, embeds, presence, labels):
-        """Mean over pairs of modalities and both directions, over the rows of all processes."""
+        """Mean over pairs of modalities and both directions; in training over the rows of all processes, in evaluation of this one,
+        which may be alone in evaluating."""
         some = next(iter(embeds.values()))
         own = torch.stack([embeds.get(name, torch.zeros_like(some)) for name in self.config.modality_names], dim=1)
         # All modalities in one exchange: processes that lack different ones must agree on the order of their gradients.
-        vectors, there, all_labels = gather(own), gather(presence), gather(labels)
+        shared = self.training and is_distributed()
+        vectors, there, all_labels = map(gather, (own, presence, labels)) if shared else (own, presence, labels)
         scale, losses = self.logit_scale(), []
         for one, other in permutations(range(len(self.config.modality_names)), 2):
             asks, offers = presence[:, one], there[:, other]
             pair = (own[asks, one], vectors[offers, other], scale, labels[asks], all_labels[offers])
-            losses.append(mean_over_ranks(*self._contrast(*pair)))
+            losses.append(mean_over_rows(*self._contrast(*pair), shared))
         return torch.stack(losses).mean()
 
     def _contrast(self, queries, keys, scale, query_labels, key_labels):
@@ -513,8 +534,12 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             rows, place = (found & (have & several)[:, None]).nonzero(as_tuple=True)
             blocks.append((rows, {swapped: drawn[rows, place]}))
         there = presence[torch.cat([rows for rows, _ in blocks])]
-        if not len(there):
+        nothing = not len(there)
+        if nothing and not self.crossmodal._runs_all_modalities():
             return self._mean([], next(iter(embeds.values()))), None
+        if nothing:
+            # Another process may have pairs, and waits for this one in the same modules.
+            blocks, there = [(torch.zeros(1, dtype=torch.long, device=presence.device), {})], presence[:1]
         pairs = {
             name: item.at(
                 torch.cat([swaps.get(name, rows) for rows, swaps in blocks]),
@@ -523,6 +548,8 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             for name, item in features.items()
         }
         logits, weights, _ = self.match(pairs, there)
+        if nothing:
+            return self._mean([], logits), None
         parts = [len(rows) for rows, _ in blocks]
         if self.config.matching == "ranking":
             return self._ranking_loss(logits, pairs, blocks, parts, len(presence)), weights[: parts[0]]

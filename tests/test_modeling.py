@@ -501,8 +501,8 @@ def test_labels_that_do_not_fit_the_problem_type_are_refused():
         model(**batch, labels=torch.rand(4, 5))
 
 
-def test_trainer_is_told_that_the_loss_is_a_plain_mean():
-    assert CrossModalForVQA.accepts_loss_kwargs is False and CrossModalModel.accepts_loss_kwargs is False
+def test_trainer_is_told_whose_loss_is_a_mean_over_what_it_counts():
+    assert CrossModalForVQA.accepts_loss_kwargs is True and CrossModalModel.accepts_loss_kwargs is False
 
 
 @fusion_types

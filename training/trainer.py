@@ -49,6 +49,17 @@ class CrossModalTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator
+        if gradient_cache is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"gradient_cache={gradient_cache} runs parts of the model by themselves, whose weights FSDP and DeepSpeed put together "
+                "for whole forwards only. Use DDP (configs/accelerate/ddp.yaml), or leave gradient_cache out."
+            )
+        scalars = [name for name, parameter in self.model.named_parameters() if not parameter.dim()]
+        if scalars and self.is_fsdp_enabled and getattr(self.accelerator, "is_fsdp2", False):
+            raise ValueError(
+                f"FSDP2 shards no parameters without a dimension, such as {scalars[0]} of {type(self.model).__name__}. Use DDP "
+                "(configs/accelerate/ddp.yaml) or DeepSpeed (configs/accelerate/deepspeed_zero3.yaml)."
+            )
         self.gradient_cache = gradient_cache
         self.learning_rates = dict(learning_rates or {})
         self.rows_per_image = rows_per_image
@@ -60,7 +71,7 @@ class CrossModalTrainer(Trainer):
         self._balance, self._parts, self._gradient_norms, self._rows = {}, {}, {}, []
         # (rows, 2) of every batch of an evaluation: the loss of a row, and how much it counts.
         self._row_losses = []
-        self.add_callback(_GradientNorms(self._gradient_norms))
+        self.add_callback(GradientNorms(self._gradient_norms))
         names = self.model.config.modality_names
         for component in self.learning_rates:
             if component not in (*names, "fusion", "head"):
@@ -317,7 +328,7 @@ def _count(dataset):
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
-class _GradientNorms(TrainerCallback):
+class GradientNorms(TrainerCallback):
     """Writes the norm of each modality's gradients into `norms`, at steps that are logged."""
 
     def __init__(self, norms):
@@ -331,6 +342,8 @@ class _GradientNorms(TrainerCallback):
             modality = modality_of(name)
             if parameter.grad is not None and modality is not None:
                 norm = torch.linalg.vector_norm(parameter.grad.detach().float())
+                # Of a parameter that is sharded over processes (FSDP2), of all its shards.
+                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
                 squares[modality] = squares.get(modality, 0.0) + (norm**2).item()
         self.norms.update({f"gradient_norm_{name}": round(value**0.5, 6) for name, value in squares.items()})
 
