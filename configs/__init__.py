@@ -1,4 +1,4 @@
-"""Presets of models and recipes of training, loaded by name."""
+"""Presets of models, recipes of training and Accelerate's configs of launching it, by name."""
 
 import difflib
 import json
@@ -30,6 +30,11 @@ def preset_names():
     return sorted(
         (path.stem for path in (_HERE / "models").glob("*.json")), key=lambda n: load_preset(n)["hidden_size"]
     )
+
+
+def accelerate_config(name):
+    """The file of an Accelerate config by name: `ddp`, `fsdp2`, `deepspeed_zero2` or `deepspeed_zero3`."""
+    return _find("accelerate", ".yaml", name)
 
 
 def load_recipe(name):

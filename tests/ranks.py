@@ -16,6 +16,7 @@ import torch.distributed as dist  # noqa: E402
 import zoo  # noqa: E402
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy  # noqa: E402
 from crossmodal.training.gradient_cache import backward_in_parts  # noqa: E402
+from crossmodal.training.processes import on_main  # noqa: E402
 from crossmodal.training.trainer import GradientNorms  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
@@ -246,12 +247,30 @@ def one_epoch(folder):
     return {"losses": torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])}
 
 
+def disagreed(folder):
+    """What a process says that was started with a model of another size, and where the main one alone fails."""
+    trainer = trainer_of("single", folder, 2)
+    if RANKS > 1 and dist.get_rank():
+        trainer.model.config.intermediate_size = 48
+    said = {}
+    for name, act in {
+        "config": trainer.train,
+        "main": lambda: on_main(lambda: Path(folder, "nowhere").read_text()),
+    }.items():
+        try:
+            act()
+        except (ValueError, OSError) as error:
+            said[name] = (type(error).__name__, str(error))
+    return said
+
+
 def everything():
     with tempfile.TemporaryDirectory() as folder:
         found = {case: trained(case, folder, find_unused=False) for case in COMPARED}
         found["found unused"] = trained("auxiliary", folder, find_unused=True)
         found |= {f"{case}, evaluated": evaluated(case, folder) for case in COMPARED}
         found["all losses"] = one_epoch(folder)
+        found["disagreed"] = disagreed(folder)
     found |= {f"{case}, sharded": sharded(case) for case in SHARDED}
     return found | {"contrast": contrasted()}
 

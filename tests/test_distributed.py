@@ -1,5 +1,7 @@
 """Two gloo ranks by torchrun against one process: losses, gradients, evaluation, and no hang where one rank lacks a modality."""
 
+import copy
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +9,12 @@ import sys
 import pytest
 import ranks
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from crossmodal.configs import accelerate_config
+from test_cli import run
+from world import TINY_RECIPE, color_rows
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +86,81 @@ def test_an_epoch_of_unequal_parts_ends_on_all_ranks(two):
     losses = [rank["all losses"]["losses"] for rank in two]
     assert len(losses[0]) == 4 and losses[0].isfinite().all()
     assert torch.equal(*losses)
+
+
+def test_processes_that_were_started_unlike_stop_with_one_message(one, two):
+    (kind, said), (other_kind, _) = (rank["disagreed"]["config"] for rank in two)
+    assert kind == "ValueError" and other_kind == "FailedElsewhere"
+    assert "process 1 was started with config.intermediate_size = 48, and process 0 with 32" in said
+    assert "config" not in one["disagreed"]
+
+
+def test_what_stops_the_main_process_stops_all(two):
+    assert [rank["disagreed"]["main"][0] for rank in two] == ["FileNotFoundError", "FailedElsewhere"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A recipe whose encoders see every row alone, with data that two processes share evenly in training and not in evaluation."""
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "data").mkdir()
+    color_rows(24).to_parquet(folder / "data" / "train.parquet")
+    color_rows(14).to_parquet(folder / "data" / "validation.parquet")
+    values = copy.deepcopy(TINY_RECIPE) | {"dataset": str(folder / "data"), "output_dir": str(folder / "out")}
+    column = {
+        key: values["model"]["encoders"]["text"][key]
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    }
+    column |= {"intermediate_size": 64}
+    values["model"]["encoders"]["vision"] = {"model_type": "vit", "image_size": 32, "patch_size": 8, **column}
+    values["model"]["encoders"]["text"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    values["model"]["config"]["classifier_dropout"] = 0.0
+    values["training"] |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "optim": "sgd"}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def test_the_command_line_trains_over_two_processes_as_in_one(tiny, capsys):
+    launcher = ("accelerate.commands.launch", "--config_file", str(accelerate_config("ddp")), "--num_processes", "2")
+    done = torchrun(["-m", "crossmodal.training.cli", "train", tiny / "tiny.yaml", "--json"], launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert sum("this model" in line for line in lines) == 1 == done.stderr.count("the model is in")
+    two = json.loads(lines[-1])
+    assert {"config.json", "model.safetensors", "README.md", "eval_results.json"} <= {
+        p.name for p in (tiny / "out").iterdir()
+    }
+    whole = [f"output_dir={tiny / 'one'}", "per_device_train_batch_size=8", "--json"]
+    assert run("train", tiny / "tiny.yaml", *whole) == 0
+    one = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert one["metrics"] == pytest.approx(two["metrics"], abs=1e-5) and one["majority"] == two["majority"]
+    assert run("evaluate", tiny / "out", "--dataset", tiny / "data", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] == two["metrics"]["accuracy"]
+
+
+@pytest.mark.slow
+def test_a_command_that_differs_between_processes_ends_with_one_line(tiny):
+    command = (
+        f"{sys.executable} -m crossmodal.training.cli train {tiny / 'tiny.yaml'} output_dir={tiny / 'none'} seed=$RANK"
+    )
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python")
+    done = torchrun(["bash", "-c", command], launcher)
+    said = [line for line in done.stderr.splitlines() if line.startswith("crossmodal")]
+    assert len(said) == 1 and "process 1 was started with recipe.seed = 1, and process 0 with 0" in said[0]
+    assert done.returncode != 0 and not (tiny / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "section"),
+    [
+        ("ddp", "MULTI_GPU", None),
+        ("fsdp2", "FSDP", "fsdp_config"),
+        ("deepspeed_zero2", "DEEPSPEED", "deepspeed_config"),
+        ("deepspeed_zero3", "DEEPSPEED", "deepspeed_config"),
+    ],
+)
+def test_accelerate_reads_the_configs_and_knows_every_key(name, kind, section):
+    config = load_config_from_file(str(accelerate_config(name)))
+    assert config.distributed_type == kind
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert set(getattr(config, section) if section else ()) <= set(known)

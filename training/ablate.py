@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..modeling.configuration_crossmodal import CrossModalConfig
 from .building import encoders_and_config
 from .datasets import RowDataset, contexts_of, load_rows, some_of
+from .processes import is_main
 from .recipes import nearest
 from .robustness import CorruptedDataset
 from .tasks import TASKS
@@ -186,10 +187,11 @@ def _run_once(run, rows, shared, missing_rate):
     found = {key: result[key] for key in kept} | {"recipe": stamp}
     if missing_rate is not None:
         found["missing"] = _score_with_missing(run, result, rows["eval_rows"], missing_rate)
-    aside = file.with_suffix(".writing")
-    aside.write_text(json.dumps(found, indent=1))
-    aside.replace(file)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if is_main():
+        aside = file.with_suffix(".writing")
+        aside.write_text(json.dumps(found, indent=1))
+        aside.replace(file)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return found
 
 

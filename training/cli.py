@@ -3,7 +3,10 @@
 Bad input ends with one line on standard error and exit code 2; a fault of ours with its traceback and exit code 1.
 """
 
+import os
 import sys
+import time
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +14,7 @@ import typer
 
 from . import cli_export, cli_hub, cli_study
 from .console import JSON, MODEL, arrays, load_model, note, one_line, print_json, print_table, quiet
+from .processes import FailedElsewhere, is_main
 
 
 app = typer.Typer(
@@ -303,10 +307,15 @@ app.add_typer(cli_study.app)
 def main():
     """Entry point of `crossmodal`."""
     try:
-        app()
+        with nullcontext() if is_main() else _silence():
+            app()
     except KeyboardInterrupt:
         print("crossmodal: interrupted.", file=sys.stderr)
         sys.exit(130)
+    except FailedElsewhere:
+        # Launchers end all processes as soon as one ends: the main one is to have said why by then.
+        time.sleep(3)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         _fail(error)
     except Exception as error:
@@ -316,8 +325,16 @@ def main():
         _fail(error)
 
 
+@contextmanager
+def _silence():
+    """Of several processes only the main one prints; errors of others come through."""
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
+
+
 def _fail(error):
-    print(f"crossmodal: {one_line(error)}", file=sys.stderr)
+    where = "" if is_main() else f" (process {os.environ['RANK']})"
+    print(f"crossmodal{where}: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
 
 

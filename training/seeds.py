@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .card import put_section
+from .processes import is_main
 from .tasks import TASKS
 from .train import finished_result, train
 
@@ -37,10 +38,11 @@ def train_seeds(recipe, seeds, train_rows=None, eval_rows=None, fresh=False, wri
         "eval_rows": runs[0]["eval_rows"],
         "runs": runs,
     }
-    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
-    (Path(recipe.output_dir) / "seeds.json").write_text(json.dumps(result, indent=2) + "\n")
-    for seed in result["seeds"]:
-        put_section(Path(recipe.output_dir) / f"seed-{seed}" / "README.md", _HEADING, _as_markdown(recipe, result))
+    if is_main():
+        Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(recipe.output_dir) / "seeds.json").write_text(json.dumps(result, indent=2) + "\n")
+        for seed in result["seeds"]:
+            put_section(Path(recipe.output_dir) / f"seed-{seed}" / "README.md", _HEADING, _as_markdown(recipe, result))
     return result
 
 

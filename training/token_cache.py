@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..processing.chat_crossmodal import is_conversation
 from ..processing.processing_crossmodal import _SUB_PROCESSORS
+from .processes import main_first
 
 
 # Inputs of one file: large enough for few files, small enough to lose little when a run is cut off.
@@ -192,13 +193,16 @@ def with_cached_tokens(recipe, model, processor, datasets, write):
     if not recipe.token_cache:
         return datasets
     own = Path(recipe.output_dir, "checkpoints", "tokens")
-    cache = TokenCache(model, processor, own if recipe.token_cache is True else recipe.token_cache)
     done, cached = {}, {}
-    for name, dataset in datasets.items():
-        if id(dataset) not in done:
-            done[id(dataset)], computed = cache.fill(dataset)
-            write(f"tokens of {', '.join(cache.names)}, {name} rows: {computed:,} inputs computed, the others known.")
-        cached[name] = done[id(dataset)]
+    with main_first():
+        cache = TokenCache(model, processor, own if recipe.token_cache is True else recipe.token_cache)
+        for name, dataset in datasets.items():
+            if id(dataset) not in done:
+                done[id(dataset)], computed = cache.fill(dataset)
+                write(
+                    f"tokens of {', '.join(cache.names)}, {name} rows: {computed:,} inputs computed, the others known."
+                )
+            cached[name] = done[id(dataset)]
     return cached
 
 

@@ -12,6 +12,7 @@ from .building import build, encoders_and_config
 from .datasets import RowDataset, contexts_of, cut_recordings, hold_out, load_rows, some_of
 from .hub import publish
 from .plots import learning_curves_plot
+from .processes import begin, is_main, on_main
 from .publish import export_folder, remove_unfinished
 from .recipes import Recipe
 from .statistics import take_statistics
@@ -50,8 +51,9 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
             "learnt. Set holdout, whose rows are then what is measured, or use `crossmodal cross-validate`."
         )
     output = Path(recipe.output_dir)
-    resumed = not fresh and (output / "checkpoints" / "recipe.json").exists()
-    checkpoint = _claim_folder(recipe, output, fresh, write)
+    begin(cpu=bool(recipe.training.get("use_cpu")), recipe=recipe.stated(leave_out=("token_cache",)))
+    write = write if is_main() else _silent
+    resumed, checkpoint = on_main(lambda: _claim_folder(recipe, output, fresh, write))
     set_seed(recipe.seed)
     train_rows = _rows(recipe, train_rows, recipe.train_split, recipe.max_train_rows)
     entries = encoders_and_config(recipe)[0]
@@ -165,8 +167,12 @@ def finished_result(recipe):
     return json.loads(result.read_text())
 
 
+def _silent(line):
+    pass
+
+
 def _claim_folder(recipe, output, fresh, write):
-    """Makes `output` this recipe's own. Returns the checkpoint to resume from, or None."""
+    """Makes `output` this recipe's own. Returns whether there was a run of it, and the checkpoint to resume from, or None."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir={str(output)!r} is a file. Give a folder.")
     checkpoints, stamp = output / "checkpoints", output / "checkpoints" / "recipe.json"
@@ -187,11 +193,11 @@ def _claim_folder(recipe, output, fresh, write):
         checkpoint, broken = last_whole_checkpoint(checkpoints)
         for name in broken:
             write(f"{name} was cut off while it was saved: ignored and removed.")
-        return checkpoint
+        return True, checkpoint
     elif any(output.glob("*.safetensors")):
         raise ValueError(
             f"output_dir={str(output)!r} holds a model already. Choose another, or pass --fresh to replace it."
         )
     checkpoints.mkdir(parents=True, exist_ok=True)
     stamp.write_text(json.dumps(wanted, indent=1))
-    return None
+    return False, None

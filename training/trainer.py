@@ -19,6 +19,7 @@ from .datasets import GroupedSampler
 from .gradient_cache import backward_in_parts
 from .hub import hub_errors, publish
 from .mixing import MixingCollator
+from .processes import begin
 
 
 logger = logging.get_logger(__name__)
@@ -79,6 +80,26 @@ class CrossModalTrainer(Trainer):
                     f"learning_rates has {component!r}. Expected any of {[*names, 'fusion', 'head']}: the encoders by "
                     "modality name, the fusion and the head."
                 )
+
+    def train(self, *args, **kwargs):
+        """transformers' own, after all processes agreed on what they train."""
+        alike = (
+            "seed",
+            "data_seed",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "max_steps",
+            "num_train_epochs",
+        )
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        begin(
+            model=type(self.model).__name__,
+            config={key: value for key, value in self.model.config.to_dict().items() if key != "_name_or_path"},
+            parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            arguments={name: getattr(self.args, name) for name in alike},
+            training_rows=rows,
+        )
+        return super().train(*args, **kwargs)
 
     def get_train_dataloader(self):
         plain, self.data_collator = self.data_collator, self.train_collator or self.data_collator

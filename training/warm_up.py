@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from .building import build, encoders_and_config
 from .datasets import RowDataset, contexts_of, load_rows, some_of
+from .processes import on_main
 from .tasks import TASKS
 from .token_cache import with_cached_tokens
 from .trainer import DEFAULTS, component_of, fit, last_whole_checkpoint
@@ -48,7 +50,7 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
         if shared is not None and number == 1 and stage.model is not recipe.model:
             done = Path(shared) / _hash_of(stage, own)
             done.parent.mkdir(parents=True, exist_ok=True)
-        if done.is_dir():
+        if on_main(done.is_dir):
             write(f"warm-up {number} of {len(stages)} was finished earlier.")
             model = type(model).from_pretrained(done)
         else:
@@ -69,15 +71,7 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
                     f"stage {number}"
                 ]
             model = fit(trained, reader, task_now, dataset, None, training, running, stage, checkpoint, write).model
-            # Written aside and renamed: a folder with this name is whole.
-            model.save_pretrained(running / "writing")
-            try:
-                os.replace(running / "writing", done)
-            except OSError:
-                # Another run that shares this stage was faster.
-                if not done.is_dir():
-                    raise
-                shutil.rmtree(running / "writing")
+            on_main(partial(_keep, model, running / "writing", done))
         if "keep" in own:
             fresh = build(recipe, task_next, read)[0]
             kept = {n: v for n, v in model.state_dict().items() if component_of(n) in own["keep"]}
@@ -88,6 +82,18 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
                 model.resize_answers(**task_next.answers)
     model._set_frozen(set(recipe.model.get("freeze") or ()))
     return model, processor
+
+
+def _keep(model, aside, done):
+    """Writes a finished stage aside and renames it: a folder with this name is whole."""
+    model.save_pretrained(aside)
+    try:
+        os.replace(aside, done)
+    except OSError:
+        # Another run that shares this stage was faster.
+        if not done.is_dir():
+            raise
+        shutil.rmtree(aside)
 
 
 def _hash_of(stage, own):

@@ -1,0 +1,83 @@
+"""Several processes that train together (torchrun, accelerate launch): who writes, and whether all were started alike."""
+
+import json
+import os
+from contextlib import nullcontext
+
+
+class FailedElsewhere(ValueError):
+    """What stops this process was said by the main one."""
+
+
+def is_main():
+    """Whether this process is the one that prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _several():
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def begin(cpu=False, **said):
+    """Joins the processes that were started together, and stops all of them where they were given other things to do.
+
+    cpu: use no accelerator. said: name to what every process must have been given alike, plain values or dicts of them.
+
+    Raises:
+        ValueError: naming what differs. In processes but the main one `FailedElsewhere`.
+    """
+    if not _several():
+        return
+    # Imported where it is used: the command line asks who prints before it has loaded anything.
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState(cpu=cpu)
+    every = gather_object([json.dumps(_flat(said), sort_keys=True, default=str)])
+    own, first = json.loads(every[0]), every[0]
+    for rank, other in enumerate(every):
+        if other != first:
+            other = json.loads(other)
+            key = next(key for key in sorted(own.keys() | other.keys()) if own.get(key) != other.get(key))
+            raise (ValueError if is_main() else FailedElsewhere)(
+                f"process {rank} was started with {key} = {other.get(key)!r}, and process 0 with {own.get(key)!r}. Start all processes "
+                "with the same command, recipe and code."
+            )
+
+
+def _flat(values, prefix=""):
+    """{"a.b": value} of nested dicts."""
+    found = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
+
+
+def on_main(function):
+    """What a function returns in the main process, in all of them, which wait for it.
+
+    Raises:
+        ValueError, OSError: as the function does. In processes but the main one `FailedElsewhere`.
+    """
+    if not _several():
+        return function()
+    from accelerate.utils import broadcast_object_list
+
+    found, error = [None, False], None
+    if is_main():
+        try:
+            found = [function(), False]
+        except (ValueError, OSError) as raised:
+            found, error = [None, True], raised
+    found, failed = broadcast_object_list(found)
+    if failed:
+        raise error or FailedElsewhere("process 0 could not go on, and has said why.")
+    return found
+
+
+def main_first():
+    """A context that the main process leaves before others enter it: for what it computes, and they then find."""
+    from accelerate import PartialState
+
+    return PartialState().main_process_first() if _several() else nullcontext()
