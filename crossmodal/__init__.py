@@ -12,6 +12,8 @@ _EXPORTS = {
     "CrossModalConfig": "modeling.configuration_crossmodal",
     "FeatureSequenceConfig": "modeling.configuration_crossmodal",
     "EEGConfig": "modeling.eeg_crossmodal",
+    "MMViTConfig": "modeling.mmvit_crossmodal",
+    "MMViTEncoder": "modeling.mmvit_crossmodal",
     "CrossModalModel": "modeling.modeling_crossmodal",
     "CrossModalForVQA": "modeling.classification_crossmodal",
     "CrossModalForSequenceClassification": "modeling.classification_crossmodal",
@@ -48,6 +50,10 @@ def _register():
     transformers.AutoProcessor.register(config, __getattr__("CrossModalProcessor"))
     for auto_class, model in _AUTO_CLASSES.items():
         getattr(transformers, auto_class).register(config, __getattr__(model))
+    # Encoders of the family that are saved by themselves.
+    for model_type, encoder in import_module("crossmodal.modeling.encoders_crossmodal").ENCODERS.items():
+        transformers.AutoConfig.register(model_type, encoder.config_class)
+        transformers.AutoModel.register(encoder.config_class, encoder)
 
 
 def __getattr__(name):

@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .eeg_crossmodal import EEGConfig
+from .mmvit_crossmodal import MMViTConfig
 
 
 # Every Auto class of the family, so that any folder loads through any of them: a save writes only the key of the
@@ -88,6 +89,7 @@ _PYRAMIDS = {
     "swin": lambda c: [c.embed_dim * 2 ** min(i, len(c.depths) - 1) for i in range(len(c.depths) + 1)],
     "swinv2": lambda c: [c.embed_dim * 2 ** min(i, len(c.depths) - 1) for i in range(len(c.depths) + 1)],
     "mobilenet_v2": _mobilenet_v2_sizes,
+    MMViTConfig.model_type: lambda c: c.level_sizes,
 }
 
 
@@ -111,6 +113,8 @@ def _encoder_type_and_input(name, config):
         return "features", "values"
     if config.model_type == EEGConfig.model_type:
         return "eeg", "values"
+    if config.model_type == MMViTConfig.model_type:
+        return ("audio", "input_features") if config.num_channels == 1 else ("vision", "pixel_values")
     if config.model_type in _VIDEO_MODEL_TYPES:
         return "video", "pixel_values_videos"
     from .encoders_crossmodal import encoder_class
@@ -139,7 +143,7 @@ def _as_config(name, value):
         )
     options = {key: item for key, item in value.items() if key != "model_type"}
     model_type = value["model_type"]
-    for own in (FeatureSequenceConfig, EEGConfig):
+    for own in (FeatureSequenceConfig, EEGConfig, MMViTConfig):
         if model_type == own.model_type:
             return own(**options)
     if model_type not in CONFIG_MAPPING:

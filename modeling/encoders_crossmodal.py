@@ -21,6 +21,7 @@ from .attention_crossmodal import FeedForwardBlock, SelfAttentionBlock
 from .configuration_crossmodal import FeatureSequenceConfig
 from .eeg_crossmodal import EEGConfig, EEGEncoder
 from .kernels_crossmodal import initialise_kernel
+from .mmvit_crossmodal import MMViTConfig, MMViTEncoder
 
 
 @dataclass
@@ -187,7 +188,11 @@ class CustomEncoderConfig(PreTrainedConfig):
 # Encoders that transformers lacks: model_type to the class, built from its config.
 # Contract: `forward(values, mask)` -> (levels, mask of their tokens), levels as (B,T,D_k) or (B,D_k,h,w), widths as
 # `level_sizes` of the config (or of the module itself) says.
-ENCODERS = {FeatureSequenceConfig.model_type: FeatureSequenceEncoder, EEGConfig.model_type: EEGEncoder}
+ENCODERS = {
+    FeatureSequenceConfig.model_type: FeatureSequenceEncoder,
+    EEGConfig.model_type: EEGEncoder,
+    MMViTConfig.model_type: MMViTEncoder,
+}
 
 
 def build_encoder(config, name="encoder"):
@@ -432,6 +437,8 @@ def _grid_tokens(level, grid):
 
 def _patch_grid(encoder, kind, values, num_tokens):
     """Grid of a patch encoder's tokens, which follow its class and register tokens."""
+    if kind == "vision" and isinstance(encoder, MMViTEncoder):
+        return encoder.token_grid(*values.shape[-2:])
     patch = getattr(getattr(encoder, "config", None), "patch_size", None)
     if kind != "vision" or not isinstance(patch, int):
         return None

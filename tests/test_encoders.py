@@ -3,6 +3,7 @@
 import pytest
 import torch
 import zoo
+from crossmodal.modeling.encoders_crossmodal import ENCODERS
 from torch import nn
 from transformers import (
     AutoModel,
@@ -55,8 +56,8 @@ def test_tokens_have_the_fusion_width_at_one_depth_and_at_several(model_type):
 def test_last_level_is_the_last_hidden_state_of_the_plain_encoder(model_type):
     model, name, batch = compose(model_type, CrossModalModel, levels=[-1])
     encoded, _ = model.encode(model._collect_inputs(batch))
-    if model_type == "crossmodal_features":
-        expected = model.encoders[name](batch["eeg_values"])[0][-1]
+    if model.encoders[name].config.model_type in ENCODERS:
+        expected = model.encoders[name](*batch.values())[0][-1]
     else:
         expected = model.encoders[name](**batch).last_hidden_state
     if expected.dim() == 4:
@@ -120,7 +121,7 @@ def test_save_and_load_gives_bit_equal_logits(model_type, tmp_path):
 
 
 PADDED = ["bert", "roberta", "distilbert", "modernbert", "mpnet", "crossmodal_features", "wav2vec2", "whisper",
-          "audio-spectrogram-transformer"]  # fmt: skip
+          "audio-spectrogram-transformer", "crossmodal_mmvit_sound"]  # fmt: skip
 
 
 def with_padding(model, name, batch, padding):
@@ -150,17 +151,18 @@ def test_content_of_padded_positions_changes_nothing(model_type):
     assert not torch.equal(one.logits[1], real.logits[1]), "padding was not taken out"
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "crossmodal_features"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "crossmodal_features", "crossmodal_mmvit_sound"])
 def test_a_padded_row_equals_the_same_row_without_padding(model_type):
     model, name, batch = compose(model_type)
     values, _ = model.config.input_keys(name)
     padded = model(**with_padding(model, name, batch, 3)).logits[1:]
-    length = batch[values].shape[1]
-    alone = model(**{values: batch[values][1:, : length - length // 3]}).logits
+    axis = 2 if values == "input_features" else 1
+    length = batch[values].shape[axis]
+    alone = model(**{values: batch[values][1:].narrow(axis, 0, length - length // 3)}).logits
     torch.testing.assert_close(padded, alone)
 
 
-@pytest.mark.parametrize("model_type", ["vit", "resnet", "bert", "whisper", "crossmodal_features"])
+@pytest.mark.parametrize("model_type", ["vit", "resnet", "bert", "whisper", "crossmodal_features", "crossmodal_mmvit"])
 def test_max_tokens_limits_the_tokens_of_a_modality(model_type):
     for limit in (1, 3, 1000):
         model, name, batch = compose(model_type, CrossModalModel, max_tokens=limit)

@@ -8,6 +8,16 @@ _COLUMN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, 
 _TEXT = {**_COLUMN, "vocab_size": 60, "max_position_embeddings": 40}
 _IDS = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
 
+# Two views, whose gate is open.
+_VIEWS = {
+    "patch_size": [7, 15],
+    "patch_stride": [4, 8],
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "drop_path_rate": 0.0,
+    "cross_view_gate": 1.0,
+}
+
 _VISION = {
     "vit": {**_COLUMN, "image_size": 64, "patch_size": 16},
     "dinov2": {**_COLUMN, "image_size": 64, "patch_size": 16},
@@ -24,6 +34,7 @@ _VISION = {
     "convnext": {"hidden_sizes": [8, 16, 32], "depths": [1, 1, 1], "num_stages": 3},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16, 32], "depths": [1, 1, 1], "layer_type": "basic"},
     "mobilenet_v2": {"depth_multiplier": 0.35},
+    "crossmodal_mmvit": {"image_size": [64, 64], **_VIEWS},
 }
 _TEXTS = {
     "bert": _TEXT,
@@ -55,6 +66,7 @@ _AUDIO = {
         "input_values",
         (4000,),
     ),
+    "crossmodal_mmvit_sound": ({"num_channels": 1, "image_size": [20, 96], **_VIEWS}, "input_features", (20, 96)),
 }  # fmt: skip
 
 MODEL_TYPES = [*_VISION, *_TEXTS, *_AUDIO, "crossmodal_features"]
@@ -77,7 +89,7 @@ def tiny_encoder(model_type, batch_size=2):
         kind = "audio"
         arguments, key, shape = _AUDIO[model_type]
         batch = {key: torch.randn(batch_size, *shape, generator=generator)}
-    return CONFIG_MAPPING[model_type](**arguments), kind, batch
+    return CONFIG_MAPPING[model_type.removesuffix("_sound")](**arguments), kind, batch
 
 
 # Fusion of the tiny models.

@@ -43,18 +43,22 @@ def variants_of(recipe, chosen=None):
     """{name: recipe} of an ablation, `full` first.
 
     Args:
-        recipe: Recipe. chosen: names of `VARIANTS`, `<modality> alone`, or `key=value` of the model's config (several with
-            spaces between); None takes all that are named.
+        recipe: Recipe. chosen: names of `recipe.variants` or `VARIANTS`, `<modality> alone`, or `key=value` of the model's config
+            (several with spaces between); None takes the recipe's own, or where it has none all that are named.
 
     Raises:
         ValueError: for a name that there is not.
     """
     encoders, config = encoders_and_config(recipe)
     also = [key for name in chosen or () if "=" in name for key in _change_of(name)]
-    recipe = replace(recipe, warm_up=[_as_in_full(stage, config, also) for stage in recipe.warm_up])
+    own = recipe.variants
+    recipe = replace(recipe, variants={}, warm_up=[_as_in_full(stage, config, also) for stage in recipe.warm_up])
     alone = {f"{name} alone": name for name in encoders} if len(encoders) > 1 else {}
     found = {}
-    for name in dict.fromkeys(["full", *(chosen or [*VARIANTS, *alone])]):
+    for name in dict.fromkeys(["full", *(chosen or own or [*VARIANTS, *alone])]):
+        if name in own:
+            found[name] = recipe.changed(own[name])
+            continue
         if name in alone:
             found[name] = _with_only(recipe, encoders, config, alone[name])
             continue
@@ -64,7 +68,7 @@ def variants_of(recipe, chosen=None):
             change = VARIANTS[name]
         else:
             raise ValueError(
-                f"{name!r} is no variant. Expected some of {nearest(name, [*VARIANTS, *alone])}, or key=value of the config."
+                f"{name!r} is no variant. Expected some of {nearest(name, [*own, *VARIANTS, *alone])}, or key=value of the config."
             )
         model = copy.deepcopy(recipe.model)
         model["config"] = {**(model.get("config") or {}), **change}

@@ -6,17 +6,22 @@ from transformers import (
     FEATURE_EXTRACTOR_MAPPING,
     AutoFeatureExtractor,
     AutoImageProcessor,
+    AutoModel,
     AutoTokenizer,
     PreTrainedTokenizerFast,
     ViTImageProcessorPil,
+    WhisperFeatureExtractor,
 )
+from transformers.models.auto.feature_extraction_auto import feature_extractor_class_from_name
 
 import crossmodal
 
 from ..configs import load_preset
 from ..modeling.configuration_crossmodal import _as_config
+from ..modeling.mmvit_crossmodal import MMViTConfig, MMViTEncoder
 from ..processing.chat_crossmodal import CHAT_TEMPLATE, is_conversation, render
 from ..processing.processing_crossmodal import CrossModalProcessor
+from .console import one_line
 
 
 def train_tokenizer(texts, vocab_size=2000):
@@ -101,6 +106,8 @@ def build(recipe, task, datasets):
             if hasattr(made, "vocab_size") and tokenizer is not None:
                 made.vocab_size, made.pad_token_id = len(tokenizer), tokenizer.pad_token_id
             entry["model"] = made
+        if "image_weights" in entry:
+            entry["model"] = _from_image_weights(name, entry.pop("image_weights"), entry["model"])
     if task.writes:
         options["decoder"] = _decoder(recipe, tokenizer)
     model = getattr(crossmodal, task.model_class).from_encoders(
@@ -110,6 +117,21 @@ def build(recipe, task, datasets):
     if recipe.task == "dialogue":
         processor.chat_template = CHAT_TEMPLATE
     return model, processor
+
+
+def _from_image_weights(name, folder, config):
+    """The encoder of a config with the weights of the first `crossmodal_mmvit` of the model in a folder."""
+    where = f"model.encoders.{name}.image_weights={folder!r}"
+    if getattr(config, "model_type", None) != MMViTConfig.model_type:
+        raise ValueError(f"{where} is for an encoder of model_type {MMViTConfig.model_type!r}.")
+    try:
+        model = AutoModel.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} holds no model ({one_line(error)}). Train one on images first.") from error
+    found = [module for module in model.modules() if isinstance(module, MMViTEncoder)]
+    if not found:
+        raise ValueError(f"{where} holds a model without an encoder of model_type {MMViTConfig.model_type!r}.")
+    return MMViTEncoder.from_image_weights(found[0], config)
 
 
 def _decoder(recipe, tokenizer):
@@ -180,5 +202,15 @@ def _feature_extractor(recipe, config, sources):
         return None
     if name in sources:
         return AutoFeatureExtractor.from_pretrained(sources[name])
-    kind = getattr(config, f"{name}_config")
-    return FEATURE_EXTRACTOR_MAPPING[type(kind)](**recipe.processor.get("audio") or {})
+    options = dict(recipe.processor.get("audio") or {})
+    # Spectrograms (F,T) of log-mel bands are what encoders without an extractor of their own read.
+    extractor = FEATURE_EXTRACTOR_MAPPING.get(type(getattr(config, f"{name}_config")), WhisperFeatureExtractor)
+    wanted = options.pop("feature_extractor_type", None)
+    if wanted is not None:
+        extractor = feature_extractor_class_from_name(wanted)
+        if extractor is None:
+            raise ValueError(
+                f"processor.audio.feature_extractor_type={wanted!r} is no feature extractor of transformers. Expected its class, "
+                "for example WhisperFeatureExtractor."
+            )
+    return extractor(**options)

@@ -1,5 +1,6 @@
 """Training recipes: a YAML file plus `key=value` overrides, checked before anything is loaded."""
 
+import copy
 import difflib
 from dataclasses import MISSING, asdict, dataclass, field, fields
 
@@ -39,12 +40,13 @@ class Recipe:
         rows_per_image: rows about one image (column `image_id`) that a training batch takes together; the image is then
             encoded once for all of them.
         model: `preset` or `encoders` (modality to Hub id, folder, or config with `model_type`, or
-            `{model: ..., levels: ..., context: ...}`), `config` (fields of CrossModalConfig; `class_weights: balanced` counts
+            `{model: ..., levels: ..., context: ...}`; `image_weights` of a `crossmodal_mmvit` of sound: the folder of a model whose
+            encoder of images it begins as), `config` (fields of CrossModalConfig; `class_weights: balanced` counts
             the labels), `freeze`, and `decoder` of tasks that write
             (fields of TextDecoderConfig, or the Hub id or folder of a causal model).
         processor: `image_size` [height, width] for encoders without an image processor of their own; `tokenizer`: a Hub
             id or folder, or `train` to train one of `vocab_size` on the questions; `audio`: of audio encoders likewise,
-            arguments of their type's feature extractor; `eeg`: those of EEGFeatureExtractor.
+            arguments of their type's feature extractor, or of another, `feature_extractor_type`; `eeg`: those of EEGFeatureExtractor.
         token_cache: true keeps the tokens of frozen encoders with the checkpoints of the run, where they are computed once;
             a folder shares them between runs.
         learning_rates: per modality encoder, `fusion` and `head`; others take `training.learning_rate`.
@@ -58,6 +60,7 @@ class Recipe:
             own: `modalities` (some of those of the run) and `config` (over `model.config`), and may serve another `task`.
         mixing: of classification, arguments of `MixingCollator` (mixing.py): `mixup`, `time_cutmix`, SpecAugment.
         compare: variants of `crossmodal ablate` (such as `concat`) that are trained too, on the same rows, and shown beside.
+        variants: of this recipe, by name, for `compare` and `crossmodal ablate`: keys that change, such as `mixing.mixup: 0.0`.
         early_stopping_patience: evaluations without progress before training stops; None never stops.
     """
 
@@ -82,6 +85,7 @@ class Recipe:
     gradient_cache: int | None = None
     mixing: dict = field(default_factory=dict)
     compare: list[str] = field(default_factory=list)
+    variants: dict = field(default_factory=dict)
     warm_up: list[dict] = field(default_factory=list)
     name: str = ""
 
@@ -128,6 +132,11 @@ class Recipe:
             )
         if self.mixing and self.task not in ("classification", "regression", "sentiment", "vqa"):
             raise ValueError(f"mixing={self.mixing} with task={self.task!r}: only labels and numbers can be mixed.")
+        for name, changes in self.variants.items():
+            if not isinstance(changes, dict):
+                raise ValueError(
+                    f"variants: {name!r} is {changes!r}. Expected keys and their values, such as mixing.mixup: 0.0."
+                )
         if bool(self.model.get("preset")) == bool(self.model.get("encoders")):
             raise ValueError("model: give either `preset` or `encoders`, one of the two.")
         names = list(self.model.get("encoders") or load_preset(self.model["preset"])["modalities"])
@@ -187,23 +196,7 @@ class Recipe:
             if not rest and section not in known and section in _training_keys():
                 section, rest = "training", [section]
             cls._check_key(section, known | _training_keys() if not rest else known)
-            target, *parts = values, section, *rest
-            for part, last in zip(parts, [False] * len(rest) + [True], strict=True):
-                if isinstance(target, list):
-                    # An item of a list (a stage of warm_up) goes by its number.
-                    if not part.isdigit() or int(part) >= len(target):
-                        raise ValueError(
-                            f"{key}: {part!r} is no item of a list of {len(target)}. Expected 0 to {len(target) - 1}."
-                        )
-                    part = int(part)
-                if last:
-                    target[part] = value
-                    break
-                if isinstance(target, dict):
-                    target.setdefault(part, {})
-                target = target[part]
-                if not isinstance(target, dict | list):
-                    raise ValueError(f"{key}: {part!r} holds {target!r}, not further keys. Give {part}=... itself.")
+            _put(values, [section, *rest], value)
         for key in values:
             cls._check_key(key, known)
         missing = [key for key in ("task", "dataset", "output_dir") if not values.get(key)]
@@ -212,10 +205,40 @@ class Recipe:
         values["name"] = values.get("name") or str(name)
         return cls(**values)
 
+    def changed(self, changes):
+        """The recipe with other values of some keys, such as `{"mixing.time_cutmix": 0.0}`, and no variants."""
+        values = asdict(self) | {"variants": {}}
+        for key, value in changes.items():
+            self._check_key(key.split(".")[0], values)
+            _put(values, key.split("."), copy.deepcopy(value))
+        return type(self)(**values)
+
     @staticmethod
     def _check_key(key, known):
         if key not in known:
             raise ValueError(f"{key!r} is no key of a recipe. Did you mean {nearest(key, known)[0]!r}?")
+
+
+def _put(values, parts, value):
+    """Sets a value of nested dicts and lists, by the parts of its key."""
+    *parts, last = parts
+    for part in parts:
+        part = _place(values, part)
+        if isinstance(values, dict):
+            values.setdefault(part, {})
+        values = values[part]
+        if not isinstance(values, dict | list):
+            raise ValueError(f"{part!r} holds {values!r}, not further keys. Give {part}=... itself.")
+    values[_place(values, last)] = value
+
+
+def _place(values, part):
+    """A key of a dict, or the number of an item of a list (a stage of warm_up)."""
+    if isinstance(values, dict):
+        return part
+    if not part.isdigit() or int(part) >= len(values):
+        raise ValueError(f"{part!r} is no item of a list of {len(values)}. Expected 0 to {len(values) - 1}.")
+    return int(part)
 
 
 def _training_keys():

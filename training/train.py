@@ -159,7 +159,7 @@ def finished_result(recipe):
     stamp, result = output / "checkpoints" / "recipe.json", output / "eval_results.json"
     if not (stamp.exists() and result.exists() and (output / "config.json").exists()):
         return None
-    leave_out = ("output_dir", "token_cache", "compare")
+    leave_out = ("output_dir", "token_cache", "compare", "variants")
     earlier = Recipe(**{"output_dir": "", **json.loads(stamp.read_text())})
     wanted = json.loads(json.dumps(recipe.stated(leave_out=leave_out)))
     if json.loads(json.dumps(earlier.stated(leave_out=leave_out))) != wanted:
@@ -178,7 +178,7 @@ def _claim_folder(recipe, output, fresh, write):
     checkpoints, stamp = output / "checkpoints", output / "checkpoints" / "recipe.json"
     remove_unfinished(output, write)
     # Paths say where a run lies, not what it is; what it is compared with changes nothing of it.
-    wanted = json.loads(json.dumps(recipe.stated(leave_out=("output_dir", "token_cache", "compare"))))
+    wanted = json.loads(json.dumps(recipe.stated(leave_out=("output_dir", "token_cache", "compare", "variants"))))
     if fresh:
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif stamp.exists():
