@@ -382,7 +382,7 @@ class MMViTEncoder(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, nn.Linear):
-            initialization.xavier_uniform_(module.weight)
+            initialization.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 initialization.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):

@@ -42,6 +42,22 @@ def test_a_variant_is_one_key_of_the_config(tmp_path):
         variants_of(run, ["conct"])
 
 
+def test_a_recipe_names_variants_of_any_of_its_keys(tmp_path):
+    other = {"model_type": "vit", "image_size": 32, "patch_size": 8}
+    named = {"with ViT": {"model.encoders.vision": other}, "slow": {"training.learning_rate": 1e-5, "seed": 3}}
+    run = recipe(tmp_path, variants=named)
+    variants = variants_of(run)
+    assert list(variants) == ["full", "with ViT", "slow"] and not any(each.variants for each in variants.values())
+    assert variants["with ViT"].model["encoders"] == {"vision": other, "text": run.model["encoders"]["text"]}
+    assert (variants["slow"].training["learning_rate"], variants["slow"].seed) == (1e-5, 3)
+    assert run.training["learning_rate"] == 3e-3 and variants["full"].model == run.model
+    assert list(variants_of(run, ["slow", "concat"])) == ["full", "slow", "concat"]
+    with pytest.raises(ValueError, match="'modle' is no key of a recipe"):
+        variants_of(recipe(tmp_path, variants={"wrong": {"modle.preset": "tiny"}}))
+    with pytest.raises(ValueError, match="variants: 'wrong' is 'tiny'. Expected keys and their values"):
+        recipe(tmp_path, variants={"wrong": "tiny"})
+
+
 def test_stages_that_hand_over_nothing_of_a_lone_modality_fall_away(tmp_path):
     see = {"dataset": "drawn:shape_facts", "modalities": ["vision"], "keep": ["vision"], "config": {"pooling": "mean"}}
     both = {"dataset": "drawn:shapes"}

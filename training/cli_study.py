@@ -139,6 +139,9 @@ def benchmark(
     generation: Annotated[
         bool, typer.Option("--generation", help="Writing, beside BLIP and VisionEncoderDecoder of the same size.")
     ] = False,
+    views: Annotated[
+        bool, typer.Option("--views", help="MMViT and one view of it, beside AST, at equal FLOP.")
+    ] = False,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="With --generation: also static caches, and compiled decoders.")
     ] = False,
@@ -182,6 +185,9 @@ def benchmark(
         return
     if generation:
         _benchmark_generation(size, rounds, compiled, as_json)
+        return
+    if views:
+        _benchmark_views(rounds, as_json)
         return
     if retrieval:
         _benchmark_retrieval(model, dataset, split, size, rounds, as_json)
@@ -250,6 +256,18 @@ def _benchmark_generation(size, rounds, compiled, as_json):
     note("greedy, batch 1: " + ", ".join(f"{name} {part:.0%}" for name, part in shares.items()) + " of the time")
     if as_json:
         print_json({"models": table, "time": shares})
+
+
+def _benchmark_views(rounds, as_json):
+    from . import benchmark_views as bench
+
+    table = bench.compare(rounds=rounds, write=note)
+    for mode, batch in dict.fromkeys((row["mode"], row["batch"]) for row in table):
+        chosen = [row for row in table if (row["mode"], row["batch"]) == (mode, batch)]
+        columns = ("samples_per_second", "ours_over_this", "gflop_per_sample", "width", "parameters")
+        print_table(f"{mode}, batch {batch}", {row["model"]: {key: row[key] for key in columns} for row in chosen})
+    if as_json:
+        print_json(table)
 
 
 def _benchmark_retrieval(model, dataset, split, size, rounds, as_json):
