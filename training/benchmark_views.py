@@ -1,6 +1,8 @@
 """What views cost: spectrograms per second of MMViT, of one of its views, and of transformers' AudioSpectrogramTransformer, at equal FLOP."""
 
+import bisect
 import statistics
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -8,8 +10,8 @@ from tqdm import tqdm
 from .benchmark import flops_of, in_turn, without_dropout
 
 
-# Bands and frames of AST: 10.24 seconds.
-SPECTROGRAM = (128, 1024)
+# Bands of AST, and half its frames: 5 seconds.
+SPECTROGRAM = (128, 512)
 _OURS = "MMViT, two views"
 
 
@@ -34,22 +36,33 @@ def _ast(width, spectrogram):
     return ASTModel(config)
 
 
+# Name to (function of width and spectrogram, widths to choose from).
+CONTENDERS = {
+    _OURS: (_ours, None),
+    "MViT, one view": (partial(_ours, views=1), range(1, 400)),
+    "AST": (_ast, range(8, 1600, 4)),
+}
+
+
 def _input_of(name, values):
     """values (B,F,T) as a model takes them."""
     return {"input_values": values.transpose(1, 2)} if name == "AST" else {"values": values}
 
 
-def _nearest(name, make, widths, flops, values):
-    """The model whose FLOP are nearest to `flops`, by its width."""
-    found = {}
-    for width in widths:
-        found[width] = flops_of(make(width).eval(), _input_of(name, values[:1]))
-        if found[width] > flops:
-            break
-    return make(min(found, key=lambda width: abs(found[width] - flops)))
+def _flops(name, make, width, spectrogram):
+    """FLOP of a forward, counted without computing it."""
+    with torch.device("meta"):
+        return flops_of(make(width, spectrogram).eval(), _input_of(name, torch.empty(1, *spectrogram)))
 
 
-def compare(width=32, spectrogram=SPECTROGRAM, batches=(1, 8), rounds=7, device=None, write=print):
+def _nearest(name, make, widths, flops, spectrogram):
+    """The width whose FLOP are nearest to `flops`."""
+    place = bisect.bisect_left(widths, flops, key=lambda width: _flops(name, make, width, spectrogram))
+    near = widths[max(0, place - 1) : place + 1]
+    return min(near, key=lambda width: abs(_flops(name, make, width, spectrogram) - flops))
+
+
+def compare(width=16, spectrogram=SPECTROGRAM, batches=(1, 4), rounds=7, device=None, write=print):
     """Spectrograms per second of the encoders, forward and in training (forward and backward).
 
     Args:
@@ -62,16 +75,12 @@ def compare(width=32, spectrogram=SPECTROGRAM, batches=(1, 8), rounds=7, device=
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     values = torch.randn(max(batches), *spectrogram, generator=torch.Generator().manual_seed(0))
-    models = {_OURS: _ours(width, spectrogram)}
-    flops = {_OURS: flops_of(models[_OURS].eval(), _input_of(_OURS, values[:1]))}
-    others = {
-        "MViT, one view": (lambda width: _ours(width, spectrogram, 1), range(width, 2 * width + 1)),
-        "AST": (lambda width: _ast(width, spectrogram), range(32, 40 * width, 8)),
-    }
-    for name, (make, widths) in others.items():
-        models[name] = _nearest(name, make, widths, flops[_OURS], values)
-        flops[name] = flops_of(models[name].eval(), _input_of(name, values[:1]))
-    models = {name: without_dropout(model.to(device)) for name, model in models.items()}
+    wanted = _flops(_OURS, _ours, width, spectrogram)
+    models, flops = {}, {}
+    for name, (make, widths) in CONTENDERS.items():
+        own = width if name == _OURS else _nearest(name, make, widths, wanted, spectrogram)
+        flops[name] = _flops(name, make, own, spectrogram)
+        models[name] = without_dropout(make(own, spectrogram).to(device))
     write(
         f"{device}, {torch.get_num_threads()} threads, spectrograms of {spectrogram[0]} bands and {spectrogram[1]} frames."
     )

@@ -91,7 +91,9 @@ def ablate(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, from the recipe's seed on.")] = 3,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="One of the variants, or key=value of the config; may be given again. All, if left out."),
+        typer.Option(
+            help="One of the variants, or key=value of the config; may be given again. All, if left out: the recipe's own, if it names some."
+        ),
     ] = None,
     missing: Annotated[
         float | None,
