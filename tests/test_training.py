@@ -3,14 +3,11 @@
 import copy
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from crossmodal.training.checkpoints import last_whole_checkpoint
 from crossmodal.training.collator import SampleCollator
 from crossmodal.training.datasets import RowDataset, hold_out
 from crossmodal.training.evaluate import evaluate
@@ -19,7 +16,7 @@ from crossmodal.training.recipes import Recipe
 from crossmodal.training.seeds import seeds_table, train_seeds
 from crossmodal.training.tasks import VQATask
 from crossmodal.training.train import train
-from crossmodal.training.trainer import TrainingDiverged, last_whole_checkpoint
+from crossmodal.training.trainer import TrainingDiverged
 from datasets import Dataset
 from transformers import TrainingArguments
 from world import TINY_RECIPE, color_rows, tiny_processor_and_model
@@ -238,61 +235,6 @@ def test_an_export_replaces_the_config_last(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), real(a, b)))
     export_folder(model, processor, tmp_path)
     assert moved[-1] == "config.json" and "model.safetensors" in moved
-
-
-def test_a_checkpoint_cut_off_while_saved_is_ignored(tmp_path):
-    for step, state in ((2, "{}"), (4, '{"epo'), (6, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    path, broken = last_whole_checkpoint(tmp_path)
-    assert path.name == "checkpoint-2" and broken == ["checkpoint-6", "checkpoint-4"]
-
-
-_KILLED = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from test_training import recipe
-from world import color_rows
-from crossmodal.training.train import train
-result = train(recipe(sys.argv[1], training=dict(num_train_epochs=4, save_total_limit=None)), color_rows(24), color_rows(6), write=print)
-"""
-
-
-def test_a_run_killed_by_the_system_goes_on_and_ends_as_if_undisturbed(tmp_path):
-    code = [sys.executable, "-c", _KILLED, str(tmp_path / "killed"), str(Path(__file__).parent)]
-    # As many threads as here: sums in another order are other sums.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(code, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    checkpoints, deadline = tmp_path / "killed" / "checkpoints", time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if last_whole_checkpoint_exists(checkpoints):
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    # What a kill in the middle of the next save leaves: weights without the state that is written last.
-    newest = max(int(p.name.split("-")[1]) for p in checkpoints.glob("checkpoint-*"))
-    (checkpoints / f"checkpoint-{newest + 3}").mkdir()
-    (checkpoints / f"checkpoint-{newest + 3}" / "model.safetensors").write_bytes(b"half")
-    lines, settings = [], {"num_train_epochs": 4, "save_total_limit": None}
-    resumed = train(recipe(tmp_path / "killed", training=settings), color_rows(24), color_rows(6), write=lines.append)
-    assert any("was cut off while it was saved: ignored" in line for line in lines)
-    assert any(line.startswith("resuming from checkpoint-") for line in lines)
-    whole = train(recipe(tmp_path / "whole", training=settings), color_rows(24), color_rows(6), write=quiet)
-    for (name, a), b in zip(resumed["model"].state_dict().items(), whole["model"].state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def last_whole_checkpoint_exists(folder):
-    """Whether a checkpoint is whole, without touching those that are being written."""
-    for path in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            json.loads(path.read_text())
-            return True
-        except ValueError:
-            continue
-    return False
 
 
 def test_a_warm_up_is_taken_over_and_not_repeated(tmp_path):

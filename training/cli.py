@@ -70,6 +70,7 @@ def train(
             "seed",
             "epochs",
             "eval_rows",
+            "broken_samples",
         )
         print_json({key: result[key] for key in keys} | {"output_dir": loaded.output_dir})
 

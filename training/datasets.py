@@ -1,5 +1,6 @@
 """Rows of real datasets to samples: an adapter per schema, matched on columns and never on a path."""
 
+import copy
 import difflib
 import hashlib
 import random
@@ -393,7 +394,6 @@ def load_rows(source, split, limit=None):
         ValueError: if there is no such dataset or split, naming those there are.
     """
     import datasets
-    from datasets.inspect import SplitsNotFoundError
 
     if "+" in split:
         return datasets.concatenate_datasets([load_rows(source, part.strip(), limit) for part in split.split("+")])
@@ -410,31 +410,52 @@ def load_rows(source, split, limit=None):
         return high_or_low(load_rows(inner, split, limit), column, float(number), comparison == ">=")
     if source in DRAWN:
         return DRAWN[source](split, limit or _DRAWN_ROWS)
+
+    def read(name, given, **options):
+        return datasets.load_dataset(name, split=given, **options)
+
+    return load_source(source, split, read, by_column=True)
+
+
+_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
+
+
+def load_source(source, split, read, by_column=False):
+    """What `read(name, split, data_files=...)` makes of a split of a Hub id, a folder or a file.
+
+    Args:
+        by_column: where all lies in one split, a column `split` may tell more.
+
+    Raises:
+        ValueError: if there is no such dataset or split, naming those there are.
+    """
+    import datasets
+    from datasets.inspect import SplitsNotFoundError
+
     path = Path(source)
-    readers = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
     try:
         if path.is_file():
-            if path.suffix not in readers:
-                raise ValueError(f"the file {source!r} is none of {', '.join(readers)}. Convert it to one of these.")
-            return datasets.load_dataset(readers[path.suffix], data_files={split: str(path)}, split=split)
+            if path.suffix not in _READERS:
+                raise ValueError(f"the file {source!r} is none of {', '.join(_READERS)}. Convert it to one of these.")
+            return read(_READERS[path.suffix], split, data_files={split: str(path)})
         if path.is_dir() and not any(p.is_file() for p in path.rglob("*")):
-            raise ValueError(f"the folder {source!r} is empty. Expected parquet, jsonl, csv or image files.")
-        if path.is_dir() and (found := find_layout(path)):
+            raise ValueError(f"the folder {source!r} is empty. Expected parquet, jsonl, csv, tar or image files.")
+        if by_column and path.is_dir() and (found := find_layout(path)):
             return read_layout(found[0], path, found[1], split)
         if not path.exists() and (
-            path.suffix in readers or source.startswith((".", "/", "~")) or source.count("/") > 1
+            path.suffix in _READERS or source.startswith((".", "/", "~")) or source.count("/") > 1
         ):
             raise ValueError(f"the dataset {source!r} does not exist. Give a folder, a file or a Hub id.")
         splits = datasets.get_dataset_split_names(source)
-        if len(splits) == 1:
-            rows = _by_column(datasets.load_dataset(source, split=splits[0]), split)
+        if by_column and len(splits) == 1:
+            rows = _by_column(read(source, splits[0]), split)
             if rows is not None:
                 return rows
         split = next((name for name in _SPLIT_VALUES.get(split, ()) if name in splits), split)
         if split not in splits:
             near = sorted(splits, key=lambda s: -difflib.SequenceMatcher(None, split, s).ratio())
             raise ValueError(f"the dataset {source!r} has no split {split!r}. It has: {', '.join(near)}.")
-        return datasets.load_dataset(source, split=split)
+        return read(source, split)
     except FileNotFoundError as error:
         raise ValueError(
             f"the dataset {source!r} is neither a folder or file here nor a dataset of the Hub. Correct the name; for a "
@@ -567,36 +588,133 @@ def hold_out(rows, task, part):
     return rows.select(kept), rows.select(held)
 
 
-class RowDataset(Dataset):
-    """Samples of a split: `{input of the processor: raw value, ..., "target": what the task learns from, "row": n}`.
+class BrokenSample(ValueError):
+    """A sample whose data cannot be read, as opposed to a fault of the code that reads it. where: which one it is."""
+
+    # An error that comes out of a worker is made anew of its message alone.
+    def __init__(self, where, reason=None):
+        super().__init__(where if reason is None else f"{where}, {reason}")
+        self.where = where
+
+
+def read_samples(dataset, items):
+    """(samples of a dataset, `BrokenSample`s among them). These are raised where the dataset does not say `skip_broken`."""
+    samples, broken = [], []
+    for item in items:
+        try:
+            samples.append(dataset[item])
+        except BrokenSample as error:
+            if not getattr(dataset, "skip_broken", False):
+                raise
+            broken.append(error)
+    return samples, broken
+
+
+class SampleReader(Dataset):
+    """How rows of one schema are decoded and augmented, wherever they lie.
 
     Args:
-        rows: a `datasets.Dataset`.
+        columns: of the rows.
         task: name of the task, which the adapter is looked up for.
         augment: name of an augmentation of `AUGMENTATIONS`, for training.
-        contexts: {input: K}: of that sequence of features a sample also holds the K rows before and behind it in its recording, as
-            `{"array": (2K+1,F), "mask": (2K+1,)}`, 0 in the mask beyond the ends. No other recording is looked at.
+        skip_broken: a sample that cannot be read may be left out of its batch (see `read_samples`).
     """
 
-    def __init__(self, rows, task, augment=None, contexts=None):
-        import datasets
-
-        self.adapter_name = find_adapter(rows.column_names, task)
+    def __init__(self, columns, task, augment=None, skip_broken=False):
+        self.adapter_name = find_adapter(columns, task)
         self.adapter = DATASETS[self.adapter_name]
         if augment is not None and augment not in AUGMENTATIONS:
             near = sorted(AUGMENTATIONS, key=lambda n: -difflib.SequenceMatcher(None, augment, n).ratio())
             raise ValueError(f"augment={augment!r} is unknown. Expected one of {near}.")
         self.augmentation = AUGMENTATIONS[augment] if augment else None
+        self.skip_broken = skip_broken
+
+    def undecoded(self, rows):
+        """Rows whose images and sounds come as `{"bytes", "path"}`: decoded here, a broken one is named with its row."""
+        import datasets
+
         for column in self.adapter.images:
-            # Decoded here, so that a broken image is named with its row.
             rows = rows.cast_column(column, datasets.Image(decode=False))
         for column in self.adapter.sounds:
             rows = rows.cast_column(column, datasets.Audio(decode=False))
         for column in self.adapter.clips:
-            if isinstance(rows.features[column], datasets.Video):
+            kind = (rows.features or {}).get(column)
+            if isinstance(kind, datasets.Video):
                 rows = rows.cast_column(column, datasets.Video(decode=False))
-            elif isinstance(getattr(rows.features[column], "feature", None), datasets.Image):
+            elif isinstance(getattr(kind, "feature", None), datasets.Image):
                 rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        return rows
+
+    def _target(self, row, item):
+        several = self.adapter.several
+        return self.adapter.target(
+            row if item is None else row | {several: row[several][item], f"{several}_all": row[several]}
+        )
+
+    def _items_of(self, row):
+        """Items of the column `several` that make a sample of their own, or None where there is no list."""
+        value = row[self.adapter.several] if self.adapter.several is not None else None
+        return list(self.adapter.items(value)) if isinstance(value, list) else [None]
+
+    def _augmented(self, sample):
+        if self.augmentation and sample.get(self.augmentation.input) is not None:
+            sample[self.augmentation.input] = random.choice(self.augmentation.variants)(
+                sample[self.augmentation.input]
+            )
+        return sample
+
+    def _item(self, value, column, item):
+        value = self.adapter.take(value, item) if item is not None and column == self.adapter.several else value
+        # A sentence of COCO comes with its tokens.
+        return value["raw"] if isinstance(value, dict) and "raw" in value else value
+
+    def _read(self, row, item, key, where):
+        """One input of a row, decoded. Raises BrokenSample with `where`."""
+        column = self.adapter.inputs[key]
+        if column in self.adapter.vectors:
+            if row[column] is None:
+                return None
+            values = np.asarray(row[column], dtype=np.float32)
+            if not np.isfinite(values).all():
+                raise BrokenSample(where, f"column {column!r}: NaN or infinity. Correct or remove the row.")
+            if column == "signal":
+                return {"array": values, "sampling_rate": row["sampling_rate"]}
+            return values[None] if values.ndim == 1 else values
+        if column not in self.adapter.files or row[column] is None:
+            return self._item(row[column], column, item)
+        read = read_sound if column in self.adapter.sounds else _read_once
+        try:
+            if column in self.adapter.clips:
+                return _read_clip(row[column])
+            return read(row[column].get("bytes") or row[column].get("path"))
+        except ValueError as error:
+            if isinstance(error.__cause__, ImportError):
+                raise
+            raise BrokenSample(where, f"column {column!r}: {error}") from error
+
+    def _length(self, row, item):
+        """How long a sample is: steps of its longest sequence of features, or else characters of its texts."""
+        sequences = [row[column] for column in self.adapter.vectors if row[column] is not None]
+        if sequences:
+            return max(map(len, sequences))
+        columns = {*self.adapter.inputs.values(), self.adapter.several} - {*self.adapter.files, None}
+        # Turns of a dialogue are a list.
+        return sum(len(str(self._item(row[column], column, item))) for column in columns)
+
+
+class RowDataset(SampleReader):
+    """Samples of a split: `{input of the processor: raw value, ..., "target": what the task learns from, "row": n}`.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        task, augment, skip_broken: see `SampleReader`.
+        contexts: {input: K}: of that sequence of features a sample also holds the K rows before and behind it in its recording, as
+            `{"array": (2K+1,F), "mask": (2K+1,)}`, 0 in the mask beyond the ends. No other recording is looked at.
+    """
+
+    def __init__(self, rows, task, augment=None, contexts=None, skip_broken=False):
+        super().__init__(rows.column_names, task, augment, skip_broken)
+        rows = self.undecoded(rows)
         self.rows = rows
         self.contexts = {key: size for key, size in (contexts or {}).items() if size}
         if self.contexts:
@@ -607,19 +725,13 @@ class RowDataset(Dataset):
         if several is not None:
             self.places = [
                 (row, item)
-                for row, value in enumerate(plain[several])
-                for item in (self.adapter.items(value) if isinstance(value, list) else [None])
+                for row, values in enumerate(plain.select_columns([several]))
+                for item in self._items_of(values)
             ]
         # Rows about the same image, which are cheaper in one batch.
         images = rows["image_id"] if "image_id" in rows.column_names else None
         self.groups = None if images is None else [images[row] for row, _ in self.places]
         self.targets = [self._target(plain[row], item) for row, item in self.places]
-
-    def _target(self, row, item):
-        several = self.adapter.several
-        return self.adapter.target(
-            row if item is None else row | {several: row[several][item], f"{several}_all": row[several]}
-        )
 
     def _read_recordings(self, plain_rows):
         """Recordings as rows in order, and which place in which each row has; what their features are."""
@@ -665,12 +777,17 @@ class RowDataset(Dataset):
     def sample(self, index, leave_out=()):
         """A sample without the inputs named in `leave_out`, which are then not decoded either."""
         row = self.rows[self.places[index][0]]
-        sample = {key: self._read(index, row, key) for key in self.adapter.inputs if key not in leave_out}
-        if self.augmentation and sample.get(self.augmentation.input) is not None:
-            sample[self.augmentation.input] = random.choice(self.augmentation.variants)(
-                sample[self.augmentation.input]
-            )
-        return sample | {"target": self.targets[index], "row": index}
+        sample = {key: self._read_at(index, row, key) for key in self.adapter.inputs if key not in leave_out}
+        return self._augmented(sample) | {"target": self.targets[index], "row": index}
+
+    def lengths(self):
+        """Of every sample, by which those of like length are put into one batch."""
+        plain = self.rows.remove_columns([*self.adapter.images, *self.adapter.sounds])
+        found = {}
+        for row, values in enumerate(plain):
+            for item in self._items_of(values):
+                found[row, item] = self._length(values, item)
+        return [found[place] for place in self.places]
 
     def raw_column(self, key):
         """Iterates over the values of an input as they are stored: images and sounds as `{"bytes", "path"}`."""
@@ -687,33 +804,25 @@ class RowDataset(Dataset):
 
     def input_of(self, index, key, variant=0):
         """One input of a row, decoded, in one of its variants."""
-        return self.variants_of(key)[variant](self._read(index, self.rows[self.places[index][0]], key))
+        return self.variants_of(key)[variant](self._read_at(index, self.rows[self.places[index][0]], key))
 
-    def _item(self, value, column, item):
-        value = self.adapter.take(value, item) if item is not None and column == self.adapter.several else value
-        # A sentence of COCO comes with its tokens.
-        return value["raw"] if isinstance(value, dict) and "raw" in value else value
+    def _read_at(self, index, row, key):
+        place, item = self.places[index]
+        if key in self.contexts and row[self.adapter.inputs[key]] is not None:
+            return self._in_context(place, key)
+        return self._read(row, item, key, self._name_of(place))
 
-    def _read(self, index, row, key):
-        column = self.adapter.inputs[key]
-        if column in self.adapter.vectors:
-            if row[column] is None:
-                return None
-            if key in self.contexts:
-                return self._in_context(self.places[index][0], key)
-            values = np.asarray(row[column], dtype=np.float32)
-            if column == "signal":
-                return {"array": values, "sampling_rate": row["sampling_rate"]}
-            return values[None] if values.ndim == 1 else values
-        if column not in self.adapter.files or row[column] is None:
-            return self._item(row[column], column, self.places[index][1])
-        read = read_sound if column in self.adapter.sounds else _read_once
-        try:
-            if column in self.adapter.clips:
-                return _read_clip(row[column])
-            return read(row[column].get("bytes") or row[column].get("path"))
-        except ValueError as error:
-            raise ValueError(f"row {self.places[index][0]} of the dataset, column {column!r}: {error}") from error
+    @staticmethod
+    def _name_of(row):
+        return f"row {row} of the dataset"
+
+    def without(self, names):
+        """The same samples but those of the rows that `BrokenSample`s name."""
+        kept = [index for index, (row, _) in enumerate(self.places) if self._name_of(row) not in names]
+        part = copy.copy(self)
+        part.places, part.targets = ([values[index] for index in kept] for values in (self.places, self.targets))
+        part.groups = None if self.groups is None else [self.groups[index] for index in kept]
+        return part
 
 
 def _read_clip(value):

@@ -86,6 +86,7 @@ _REPORTED = (
     "epochs",
     "eval_rows",
     "train_rows",
+    "broken_samples",
 )
 
 

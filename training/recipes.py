@@ -39,6 +39,12 @@ class Recipe:
         augment: row of `AUGMENTATIONS`, for training.
         rows_per_image: rows about one image (column `image_id`) that a training batch takes together; the image is then
             encoded once for all of them.
+        streaming: read training rows shard by shard while training goes on, in place of all of them before (see streaming.py);
+            evaluation rows are read into memory.
+        shuffle_buffer: of a stream, rows among which the next one is drawn.
+        labels: of a stream, all answers or labels that there are; None: they are read from the rows beforehand.
+        max_broken_samples: training samples that cannot be read (an image that does not decode, a missing file, NaN) and are left out;
+            one more ends training.
         model: `preset` or `encoders` (modality to Hub id, folder, or config with `model_type`, or
             `{model: ..., levels: ..., context: ...}`; `image_weights` of a `crossmodal_mmvit` of sound: the folder of a model whose
             encoder of images it begins as), `config` (fields of CrossModalConfig; `class_weights: balanced` counts
@@ -76,6 +82,10 @@ class Recipe:
     min_answer_count: int = 1
     augment: str | None = None
     rows_per_image: int = 1
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    labels: list[str] | None = None
+    max_broken_samples: int = 0
     model: dict = field(default_factory=dict)
     processor: dict = field(default_factory=dict)
     token_cache: str | bool | None = None
@@ -137,6 +147,7 @@ class Recipe:
                 raise ValueError(
                     f"variants: {name!r} is {changes!r}. Expected keys and their values, such as mixing.mixup: 0.0."
                 )
+        self._check_stream()
         if bool(self.model.get("preset")) == bool(self.model.get("encoders")):
             raise ValueError("model: give either `preset` or `encoders`, one of the two.")
         names = list(self.model.get("encoders") or load_preset(self.model["preset"])["modalities"])
@@ -149,6 +160,22 @@ class Recipe:
                 near = nearest(key, allowed)[:3]
                 raise ValueError(
                     f"training.{key} is no argument of TrainingArguments that a recipe sets. Nearest: {near}."
+                )
+
+    def _check_stream(self):
+        if self.max_broken_samples and self.token_cache:
+            raise ValueError(
+                "max_broken_samples with token_cache: tokens are made of every row before training. Leave one out."
+            )
+        if not self.streaming:
+            if self.labels is not None:
+                raise ValueError("labels are read from the rows. Give them with streaming: true alone.")
+            return
+        for key, plain in (("token_cache", None), ("holdout", 0.0), ("max_train_rows", None), ("rows_per_image", 1)):
+            if getattr(self, key) != plain:
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r} needs all rows at once, and streaming reads one after the other. Leave one of the two "
+                    f"out{'; training.max_steps shortens a run' if key == 'max_train_rows' else ''}."
                 )
 
     def _check_stage(self, stage, names):

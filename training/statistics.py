@@ -5,6 +5,7 @@ from tqdm import tqdm
 
 from ..modeling.pooling_crossmodal import PooledShortcut
 from .collator import SampleCollator
+from .datasets import read_samples
 
 
 # Means and deviations of so many rows are those of all.
@@ -32,7 +33,7 @@ def take_statistics(model, processor, dataset, batch_size=128, progress=True):
     for start in tqdm(
         range(0, len(rows), batch_size), desc="statistics of features", disable=not progress, leave=False
     ):
-        batch = collate([dataset[row] for row in rows[start : start + batch_size]])
+        batch = collate(read_samples(dataset, rows[start : start + batch_size])[0])
         mask = batch.pop("modality_mask", None)
         collected = base._collect_inputs({key: value.to(model.device) for key, value in batch.items()})
         encoded, _ = base.encode(collected, mask)

@@ -176,6 +176,9 @@ class CachedDataset(Dataset):
     def __len__(self):
         return len(self.dataset)
 
+    def lengths(self):
+        return self.dataset.lengths()
+
     def __getitem__(self, index):
         sample = self.dataset.sample(index, leave_out=self.cached)
         for name, keys in self.keys.items():

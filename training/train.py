@@ -6,19 +6,24 @@ import time
 from functools import partial
 from pathlib import Path
 
+from datasets import IterableDataset
 from transformers import set_seed
+from transformers.trainer_utils import has_length
 
 from .building import build, encoders_and_config
-from .datasets import RowDataset, contexts_of, cut_recordings, hold_out, load_rows, some_of
+from .checkpoints import last_whole_checkpoint, write_whole
+from .datasets import BrokenSample, RowDataset, contexts_of, cut_recordings, hold_out, load_rows, some_of
 from .hub import publish
 from .plots import learning_curves_plot
 from .processes import begin, is_main, on_main
 from .publish import export_folder, remove_unfinished
 from .recipes import Recipe
 from .statistics import take_statistics
+from .streaming import STATISTICS_ROWS, StreamedRows, read_whole, steps_instead_of_epochs
+from .task import OpenTask
 from .tasks import TASKS
 from .token_cache import with_cached_tokens
-from .trainer import DEFAULTS, fit, last_whole_checkpoint, score
+from .trainer import DEFAULTS, fit, score
 from .warm_up import warm_up
 
 
@@ -27,7 +32,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
 
     Args:
         recipe: Recipe.
-        train_rows, eval_rows: rows to use instead of `recipe.dataset`.
+        train_rows, eval_rows: rows to use instead of `recipe.dataset`; train_rows may be a `datasets.IterableDataset`.
         fresh: discard an earlier run in `recipe.output_dir`.
         write: takes each line of report.
         export: write the Hub folder (off for baselines that are only measured).
@@ -35,7 +40,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
 
     Returns:
         dict with `metrics` on the evaluation split, `majority`, `baselines`, `model`, `processor`, `minutes` (of this call alone, where it
-        `resumed` an earlier one), `parameters`.
+        `resumed` an earlier one), `parameters`, `broken_samples`, the number of those left out.
 
     Raises:
         ValueError: for data, models or folders that do not fit, before training starts.
@@ -55,22 +60,27 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     write = write if is_main() else _silent
     resumed, checkpoint = on_main(lambda: _claim_folder(recipe, output, fresh, write))
     set_seed(recipe.seed)
-    train_rows = _rows(recipe, train_rows, recipe.train_split, recipe.max_train_rows)
     entries = encoders_and_config(recipe)[0]
-    contexts, train_rows = contexts_of(entries), cut_recordings(train_rows, entries)
-    eval_rows = _rows(recipe, eval_rows, recipe.eval_split, recipe.max_eval_rows)
-    eval_rows = cut_recordings(eval_rows, entries)
+    contexts, skip = contexts_of(entries), bool(recipe.max_broken_samples)
+    streams = isinstance(train_rows, IterableDataset) or (recipe.streaming and train_rows is None)
+    if eval_rows is None and streams:
+        eval_rows = read_whole(recipe.dataset, recipe.eval_split, recipe.max_eval_rows)
+    eval_rows = cut_recordings(_rows(recipe, eval_rows, recipe.eval_split, recipe.max_eval_rows), entries)
     eval_dataset = RowDataset(eval_rows, recipe.task, contexts=contexts)
     choosing_dataset, chosen_on = eval_dataset, f"`{recipe.eval_split}` itself"
-    kept_rows = train_rows
-    if recipe.holdout:
-        kept_rows, held_out = hold_out(train_rows, recipe.task, recipe.holdout)
-        choosing_dataset = RowDataset(held_out, recipe.task, contexts=contexts)
-        if measured_on_held_out:
-            eval_dataset = choosing_dataset
-        chosen_on = f"{len(held_out):,} held-out training rows"
-    train_dataset = RowDataset(kept_rows, recipe.task, recipe.augment, contexts)
-    task = TASKS[recipe.task].from_targets(train_dataset.targets, recipe.min_answer_count)
+    if streams:
+        train_dataset = _stream(recipe, train_rows, contexts, skip)
+    else:
+        train_rows = cut_recordings(_rows(recipe, train_rows, recipe.train_split, recipe.max_train_rows), entries)
+        kept_rows = train_rows
+        if recipe.holdout:
+            kept_rows, held_out = hold_out(train_rows, recipe.task, recipe.holdout)
+            choosing_dataset = RowDataset(held_out, recipe.task, contexts=contexts)
+            if measured_on_held_out:
+                eval_dataset = choosing_dataset
+            chosen_on = f"{len(held_out):,} held-out training rows"
+        train_dataset = RowDataset(kept_rows, recipe.task, recipe.augment, contexts, skip)
+    task = _task(recipe, train_dataset)
     task.check_targets(eval_dataset.targets)
     if recipe.warm_up:
         stages = output / "checkpoints" / "warm_up"
@@ -80,14 +90,18 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     write(
-        f"{recipe.name}: {len(train_dataset):,} training and {len(eval_dataset):,} evaluation rows, "
+        f"{recipe.name}: {_number(train_dataset)} training and {len(eval_dataset):,} evaluation rows, "
         f"{task.describe()}; {trainable:,} of {total:,} parameters are trained."
     )
     datasets = {"training": train_dataset, "choosing": choosing_dataset, "evaluation": eval_dataset}
     datasets = with_cached_tokens(recipe, model, processor, datasets, write)
     if checkpoint is None and not recipe.warm_up:
-        take_statistics(model, processor, datasets["training"])
-    training = {**DEFAULTS, "metric_for_best_model": task.main_metric, "hub_model_id": output.name, **recipe.training}
+        seen = train_dataset.first(STATISTICS_ROWS, recipe.seed) if streams else datasets["training"]
+        take_statistics(model, processor, seen)
+    training = {**DEFAULTS, "metric_for_best_model": task.main_metric, "hub_model_id": output.name}
+    if not has_length(train_dataset):
+        training |= steps_instead_of_epochs(recipe.training["max_steps"])
+    training |= recipe.training
     # What is only measured is not published either.
     training["push_to_hub"] = export and training.get("push_to_hub", False)
     trainer = fit(
@@ -112,7 +126,17 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         if recipe.compare
         else {}
     )
-    baselines |= task.baselines(trainer.model, processor, datasets["training"], datasets["evaluation"])
+    broken = trainer.broken_samples
+    if broken:
+        write(f"{len(broken)} broken samples were left out: {'; '.join(broken.values())}")
+    if not streams:
+        known = train_dataset.without(broken) if broken else datasets["training"]
+        try:
+            baselines |= task.baselines(trainer.model, processor, known, datasets["evaluation"])
+        except BrokenSample as error:
+            if not skip:
+                raise
+            write(f"no baseline on the same features, for training has not met all that is broken: {error}")
     result = {
         "metrics": metrics,
         "chosen_on": chosen_on if training["load_best_model_at_end"] else None,
@@ -125,7 +149,8 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         "seed": recipe.seed,
         "epochs": trainer.state.epoch,
         "eval_rows": len(eval_dataset),
-        "train_rows": len(train_dataset),
+        "train_rows": len(train_dataset) if has_length(train_dataset) else None,
+        "broken_samples": len(broken),
     }
     if export and trainer.is_world_process_zero():
         pictures = {"learning_curves.png": partial(learning_curves_plot, trainer.state.log_history, task)}
@@ -134,6 +159,38 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         if training["push_to_hub"]:
             write(f"published: {publish(output, trainer.hub_model_id)['url']}")
     return result | {"model": trainer.model, "processor": processor, "log": trainer.state.log_history}
+
+
+def _stream(recipe, rows, contexts, skip):
+    """The StreamedRows of a recipe, counted unless it says how long to train and all that there is to learn."""
+    if contexts:
+        raise ValueError(
+            "context shows a row its neighbours, which a stream has read already or not yet. Leave streaming out."
+        )
+    options = {"augment": recipe.augment, "skip_broken": skip, "buffer_size": recipe.shuffle_buffer}
+    if rows is None:
+        stream = StreamedRows.load(recipe.dataset, recipe.train_split, recipe.task, **options)
+    else:
+        stream = StreamedRows(rows, recipe.task, **options)
+    nothing_to_ask = recipe.labels is not None or issubclass(TASKS[recipe.task], OpenTask)
+    if not (nothing_to_ask and recipe.training.get("max_steps", -1) > 0):
+        stream.count()
+    return stream
+
+
+def _task(recipe, dataset):
+    """The task of a training split, or of the labels that a recipe gives for it."""
+    kind = TASKS[recipe.task]
+    if recipe.labels is None:
+        return kind.from_targets(dataset.targets, recipe.min_answer_count)
+    first = next(iter(dataset.targets))
+    if isinstance(first, dict):
+        return kind.from_targets([dict.fromkeys(recipe.labels, 1.0)])
+    return kind.from_targets(recipe.labels if isinstance(first, str) else [recipe.labels])
+
+
+def _number(dataset):
+    return f"{len(dataset):,}" if has_length(dataset) else "uncounted"
 
 
 def _compare(recipe, train_rows, eval_rows, output, write):
@@ -199,5 +256,5 @@ def _claim_folder(recipe, output, fresh, write):
             f"output_dir={str(output)!r} holds a model already. Choose another, or pass --fresh to replace it."
         )
     checkpoints.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps(wanted, indent=1))
+    write_whole(stamp, json.dumps(wanted, indent=1))
     return False, None

@@ -1,21 +1,29 @@
 """The few overrides of transformers' Trainer: learning rates per component, the balance of modalities, divergence."""
 
-import json
+import copy
 import shutil
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
+from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint, has_length
 from transformers.utils import logging
 
 from ..model_cards import LICENSE
+from ..modeling.modeling_crossmodal import CrossModalPreTrainedModel
 from .card import HUB_TASKS, model_card
+from .checkpoints import CheckpointContents, full_disk, is_full
 from .collator import SampleCollator
-from .datasets import GroupedSampler
+from .datasets import BrokenSample, GroupedSampler
+from .draws import Batches, SeededSampler, as_it_is
 from .gradient_cache import backward_in_parts
 from .hub import hub_errors, publish
 from .mixing import MixingCollator
@@ -37,18 +45,32 @@ class CrossModalTrainer(Trainer):
     its projection at this step, after clipping); of retrieval also `part_<name>` of the loss. Training stops with
     `TrainingDiverged` at the first loss or gradient that is not finite, before it reaches the weights.
 
+    A run that goes on from a checkpoint ends with the weights of one that was never cut off: what is drawn while batches are made
+    (order, augmentation, mixing) follows from the seed, the epoch and the place of the batch (see draws.py). So it is wherever
+    `remove_unused_columns` is False; datasets of processed columns are left to transformers.
+
     Args:
         learning_rates: component to learning rate. Components are the modality names (their encoders), `fusion`
             (everything else of the base model) and `head`; those not named take `args.learning_rate`.
         rows_per_image: rows about one image that a training batch takes together, where the dataset has `groups`.
+        max_broken_samples: so many samples that cannot be read may be left out of their batches, of datasets that `skip_broken`;
+            their number is in the log as `broken_samples`, and `self.broken_samples` has their names.
         gradient_cache: of `CrossModalForRetrieval`, rows that are encoded at a time (see gradient_cache.py).
         train_collator: of training batches, where they are made otherwise than those of evaluation (see mixing.py).
     """
 
     def __init__(
-        self, *args, learning_rates=None, rows_per_image=1, gradient_cache=None, train_collator=None, **kwargs
+        self,
+        *args,
+        learning_rates=None,
+        rows_per_image=1,
+        gradient_cache=None,
+        train_collator=None,
+        max_broken_samples=0,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.max_broken_samples = max_broken_samples
         self.train_collator = train_collator
         if gradient_cache is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
@@ -72,7 +94,8 @@ class CrossModalTrainer(Trainer):
         self._balance, self._parts, self._gradient_norms, self._rows = {}, {}, {}, []
         # (rows, 2) of every batch of an evaluation: the loss of a row, and how much it counts.
         self._row_losses = []
-        self.add_callback(GradientNorms(self._gradient_norms))
+        for callback in (GradientNorms(self._gradient_norms), CheckpointContents(), BrokenSamples(), _Places(self)):
+            self.add_callback(callback)
         names = self.model.config.modality_names
         for component in self.learning_rates:
             if component not in (*names, "fusion", "head"):
@@ -102,17 +125,122 @@ class CrossModalTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self):
-        plain, self.data_collator = self.data_collator, self.train_collator or self.data_collator
+        dataset, collator = self.train_dataset, self.data_collator
+        self.data_collator = self.train_collator or collator
+        if not (isinstance(dataset, IterableDataset) or self.args.remove_unused_columns):
+            self.train_dataset, self.data_collator = Batches(dataset, self.data_collator), as_it_is
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
-            self.data_collator = plain
+            self.train_dataset, self.data_collator = dataset, collator
+        shard = getattr(loader, "batch_sampler", None)
+        if hasattr(dataset, "sampler") and isinstance(shard, BatchSamplerShard):
+            # A stream has given each rank rows of its own already.
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        return loader
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        loader = super()._get_dataloader(dataset, *args, **kwargs)
+        if isinstance(dataset, Batches) or not kwargs.get("is_training"):
+            # Else it draws the seed of its workers from the generator of dropout: in every epoch, or once where workers persist.
+            getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(train_dataset, Batches):
+            return super()._get_train_sampler(train_dataset)
+        dataset, args = train_dataset.dataset, self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        strategy, rows = args.train_sampling_strategy, self._train_batch_size * args.gradient_accumulation_steps
+        if strategy == "batch_rebalance":
+            raise ValueError(f"train_sampling_strategy={strategy!r} is not served. Use 'group_by_length'.")
+        by_length = strategy == "group_by_length"
+        if hasattr(dataset, "sampler"):
+            self._sampler = dataset.sampler(seed, args.process_index, args.world_size, rows if by_length else None)
+            return self._sampler
         if self.rows_per_image > 1 and getattr(dataset, "groups", None) is not None:
-            return GroupedSampler(dataset.groups, self.rows_per_image, self.args.seed)
-        return super()._get_train_sampler(train_dataset)
+            sampler = GroupedSampler(dataset.groups, self.rows_per_image, seed)
+        elif by_length and hasattr(dataset, "lengths"):
+            sampler = LengthGroupedSampler(rows * args.world_size, lengths=dataset.lengths())
+        elif strategy == "random":
+            sampler = SeedableRandomSampler(dataset, data_seed=seed)
+        else:
+            sampler = super()._get_train_sampler(dataset)
+        self._sampler = SeededSampler(sampler, seed)
+        return self._sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        # Outputs are compared with targets in the order of the rows, whatever the order of training is.
+        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
+
+    def _init_training_state(self, *args, **kwargs):
+        epochs, steps = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step:
+            # The run may have moved since.
+            best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        known = self.state.stateful_callbacks.get(BrokenSamples.__name__, {})
+        self.broken_samples.update(known.get("attributes", {}).get("found", {}))
+        stopped = self.state.global_step and any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        # A run that was stopped early, and killed before it had ended, has nothing left to learn.
+        return (sys.maxsize, 0) if stopped else (epochs, steps)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._load_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._load_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_weights(self, checkpoint):
+        """Loads all weights of a model of the family as `from_pretrained` does. Returns whether it is one, and lies here in one piece.
+
+        Trainer looks for the names that weights have in memory, and passes over those that are called otherwise in files: the attention of
+        ViT among them.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, CrossModalPreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        config = copy.deepcopy(model.config)
+        stored, found = type(model).from_pretrained(checkpoint, config=config, output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(
+                f"{str(checkpoint)!r} lacks the weights {sorted(found['missing_keys'])[:3]}: it is of another model."
+            )
+        model.load_state_dict(stored.state_dict())
+        return True
+
+    def _save_checkpoint(self, model, trial):
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if not is_full(error):
+                raise
+            raise full_disk(self.args.output_dir, f"checkpoint-{self.state.global_step}", error) from error
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The last that all ranks write: what is listed after it is all there.
+        self._gather_broken_samples()
+
+    @property
+    def broken_samples(self):
+        """{which: why} of the samples that could not be read so far."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, BrokenSamples)).found
+
+    def _gather_broken_samples(self):
+        self.broken_samples.update(gather_object(list(self.broken_samples.items())))
+        if self.max_broken_samples < len(self.broken_samples):
+            first = list(self.broken_samples.values())[:3]
+            raise BrokenSample(
+                f"{len(self.broken_samples)} broken samples, and max_broken_samples={self.max_broken_samples}. Remove or repair them, "
+                f"or allow for more. The first: {' '.join(first)}"
+            )
 
     def create_optimizer(self, model=None):
         if self.learning_rates and self.optimizer is None:
@@ -207,6 +335,8 @@ class CrossModalTrainer(Trainer):
     def _prepare_inputs(self, inputs):
         rows = inputs.pop("row_ids", None) if hasattr(inputs, "pop") else None
         self._rows = [] if rows is None else rows.tolist()
+        if broken := inputs.pop("broken_samples", None) if hasattr(inputs, "pop") else None:
+            self.broken_samples.update(broken)
         return super()._prepare_inputs(inputs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -259,6 +389,9 @@ class CrossModalTrainer(Trainer):
                 logs |= {f"{kind}_{name}": round(mean, 4) for name, mean in zip(names, means, strict=True)}
             logs |= {f"part_{n}": round(torch.stack(v).float().mean().item(), 5) for n, v in self._parts.items()}
             logs |= self._gradient_norms
+            if self.max_broken_samples:
+                self._gather_broken_samples()
+                logs["broken_samples"] = len(self.broken_samples)
             self._balance.clear()
             self._parts.clear()
             self._gradient_norms.clear()
@@ -369,6 +502,39 @@ class GradientNorms(TrainerCallback):
         self.norms.update({f"gradient_norm_{name}": round(value**0.5, 6) for name, value in squares.items()})
 
 
+class BrokenSamples(TrainerCallback, ExportableState):
+    """Samples that could not be read, which a checkpoint remembers."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.stateful_callbacks.setdefault(type(self).__name__, {})
+
+    def state(self):
+        return {"args": {}, "attributes": {"found": self.found}}
+
+
+class _Places(TrainerCallback):
+    """Tells the sampler of a trainer where it is: the epoch does not reach it through every wrapper of a loader, and a stream need not
+    read what a run has seen already."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler = getattr(self.trainer, "_sampler", None)
+        if sampler is None:
+            return
+        # A whole number at the end of an epoch. The only epoch of a stream that nobody counted never ends.
+        sampler.set_epoch(int(state.epoch or 0))
+        if hasattr(sampler, "skip") and not args.ignore_data_skip:
+            steps = state.global_step
+            if has_length(train_dataloader):
+                steps %= -(-len(train_dataloader) // args.gradient_accumulation_steps)
+            sampler.skip = steps * args.gradient_accumulation_steps * self.trainer._train_batch_size
+
+
 def beginnings(words, labels, pad):
     """What a text goes on from, where words (B,T) hold it and the text, and labels (B,T) are -100 where nothing is learnt of it.
 
@@ -397,23 +563,6 @@ def modality_of(parameter_name):
         if room in parts:
             return parts[parts.index(room) + 1]
     return None
-
-
-def last_whole_checkpoint(folder):
-    """(path of the last whole checkpoint or None, names of broken ones, which are removed).
-
-    Trainer writes `trainer_state.json` last: a checkpoint without a readable one was cut off while it was saved.
-    """
-    folder, broken = Path(folder), []
-    while folder.is_dir() and (name := get_last_checkpoint(str(folder))) is not None:
-        path = Path(name)
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            return path, broken
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-            broken.append(path.name)
-    return None, broken
 
 
 class QuietProgress(ProgressCallback):
@@ -449,6 +598,8 @@ DEFAULTS = {
     "logging_steps": 50,
     "lr_scheduler_type": "cosine",
     "report_to": "none",
+    # How long early stopping has waited already.
+    "restore_callback_states_from_checkpoint": True,
     # Else it follows the verbosity of the logs, which the command line turns down.
     "disable_tqdm": False,
 }
@@ -478,6 +629,7 @@ def fit(model, processor, task, train_dataset, eval_dataset, training, folder, r
         rows_per_image=recipe.rows_per_image,
         gradient_cache=recipe.gradient_cache,
         train_collator=mixed,
+        max_broken_samples=recipe.max_broken_samples,
     )
     if eval_dataset is not None:
         _score_on(trainer, task, eval_dataset)

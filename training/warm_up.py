@@ -8,12 +8,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from transformers import set_seed
+
 from .building import build, encoders_and_config
+from .checkpoints import last_whole_checkpoint
 from .datasets import RowDataset, contexts_of, load_rows, some_of
 from .processes import on_main
 from .tasks import TASKS
 from .token_cache import with_cached_tokens
-from .trainer import DEFAULTS, component_of, fit, last_whole_checkpoint
+from .trainer import DEFAULTS, component_of, fit
 
 
 def warm_up(recipe, task, train_dataset, folder, write, shared=None):
@@ -57,6 +60,7 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
             write(
                 f"warm-up {number} of {len(stages)}: {len(dataset):,} rows of {stage.dataset}, {task_now.describe()}."
             )
+            set_seed(recipe.seed)
             trained, reader = (model, processor) if stage.model is recipe.model else build(stage, task_now, read)
             names = trained.config.modality_names
             trained._set_frozen(set(own.get("freeze", recipe.model.get("freeze") or ())) & set(names))
@@ -72,6 +76,8 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
                 ]
             model = fit(trained, reader, task_now, dataset, None, training, running, stage, checkpoint, write).model
             on_main(partial(_keep, model, running / "writing", done))
+        # What starts afresh now is the same whether this stage was trained in this process or earlier.
+        set_seed(recipe.seed)
         if "keep" in own:
             fresh = build(recipe, task_next, read)[0]
             kept = {n: v for n, v in model.state_dict().items() if component_of(n) in own["keep"]}

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,10 @@ class CaptioningTask(OpenTask):
     def begin(self, model, processor, targets):
         """Before training: how long texts become is what generation stops at by itself."""
         self.processor = processor
-        longest = max(
-            map(len, processor.writing_tokenizer([t["text"] for t in targets], add_special_tokens=False)["input_ids"])
-        )
+        texts, longest = (target["text"] for target in targets), 0
+        while part := list(islice(texts, 1000)):
+            ids = processor.writing_tokenizer(part, add_special_tokens=False)["input_ids"]
+            longest = max(longest, *map(len, ids))
         limit = processor.writer["max_tokens"]
         model.generation_config.max_new_tokens = min(longest + 1, limit - 1) if limit else longest + 1
 
