@@ -14,17 +14,20 @@ _EXPORTS = {
     "EEGConfig": "modeling.eeg_crossmodal",
     "MMViTConfig": "modeling.mmvit_crossmodal",
     "MMViTEncoder": "modeling.mmvit_crossmodal",
+    "PointsConfig": "modeling.points_crossmodal",
     "CrossModalModel": "modeling.modeling_crossmodal",
     "CrossModalForVQA": "modeling.classification_crossmodal",
     "CrossModalForSequenceClassification": "modeling.classification_crossmodal",
     "CrossModalForRetrieval": "modeling.retrieval_crossmodal",
     "CrossModalForCaptioning": "modeling.captioning_crossmodal",
+    "CrossModalForPointSegmentation": "modeling.segmentation_crossmodal",
     "TextDecoderConfig": "modeling.configuration_crossmodal",
     "EEGFeatureExtractor": "processing.feature_extraction_eeg_crossmodal",
     "CrossModalProcessor": "processing.processing_crossmodal",
     "CrossModalVQAPipeline": "processing.pipeline_crossmodal",
     "CrossModalClassificationPipeline": "processing.pipeline_crossmodal",
     "CrossModalRetrievalPipeline": "processing.pipeline_crossmodal",
+    "CrossModalPointSegmentationPipeline": "processing.pipeline_crossmodal",
     "CrossModalTrainer": "training.trainer",
 }
 
@@ -38,6 +41,7 @@ _AUTO_CLASSES = {
     "AutoModelForSequenceClassification": "CrossModalForSequenceClassification",
     "AutoModelForZeroShotImageClassification": "CrossModalForRetrieval",
     "AutoModelForImageTextToText": "CrossModalForCaptioning",
+    "AutoModelForSemanticSegmentation": "CrossModalForPointSegmentation",
 }
 HEADS = tuple(head for head in _AUTO_CLASSES.values() if head != "CrossModalModel")
 

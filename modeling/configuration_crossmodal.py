@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .eeg_crossmodal import EEGConfig
 from .mmvit_crossmodal import MMViTConfig
+from .points_crossmodal import PointsConfig
 
 
 # Every Auto class of the family, so that any folder loads through any of them: a save writes only the key of the
@@ -23,6 +24,7 @@ _AUTO_MAP = {
     "AutoModelForSequenceClassification": "classification_crossmodal.CrossModalForSequenceClassification",
     "AutoModelForZeroShotImageClassification": "retrieval_crossmodal.CrossModalForRetrieval",
     "AutoModelForImageTextToText": "captioning_crossmodal.CrossModalForCaptioning",
+    "AutoModelForSemanticSegmentation": "segmentation_crossmodal.CrossModalForPointSegmentation",
     "AutoProcessor": "processing_crossmodal.CrossModalProcessor",
 }
 
@@ -37,6 +39,9 @@ ALIGNMENTS = ("recovery", "late_interaction")
 LOSS_WEIGHTINGS = ("fixed", "learned")
 REGRESSION_LOSSES = ("squared", "absolute")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+POINT_PROJECTIONS = ("none", "add", "only")
+VIEW_TOKENS = ("mean", "grid")
+SUPERVISIONS = ("tags", "full")
 ENTRY_KEYS = (
     "config",
     "levels",
@@ -46,6 +51,7 @@ ENTRY_KEYS = (
     "hidden_sizes",
     "context",
     "window",
+    "views",
     "num_frames",
     "frame_sampling",
     "frame_tokens",
@@ -60,7 +66,12 @@ TYPE_INPUTS = {
     "video": ("pixel_values_videos", None),
     "features": ("values", "mask"),
     "eeg": ("values", "mask"),
+    "points": ("values", "mask"),
 }
+# Types whose keys always begin with the name of the modality: arrays of numbers have no name of their own.
+NAMED_TYPES = ("features", "eeg", "points")
+# Configs of the encoders of this family to the type of signal that each reads.
+_OWN_TYPES = {"crossmodal_features": "features", "crossmodal_eeg": "eeg", "crossmodal_points": "points"}
 # Video encoders whose own forward calls the frames `pixel_values`, as image encoders do.
 _VIDEO_MODEL_TYPES = ("videomae", "vivit", "timesformer", "vjepa2")
 
@@ -109,10 +120,8 @@ def level_sizes(config):
 
 def _encoder_type_and_input(name, config):
     """What kind of signal an encoder reads and under which key, from its model class."""
-    if config.model_type == FeatureSequenceConfig.model_type:
-        return "features", "values"
-    if config.model_type == EEGConfig.model_type:
-        return "eeg", "values"
+    if config.model_type in _OWN_TYPES:
+        return _OWN_TYPES[config.model_type], "values"
     if config.model_type == MMViTConfig.model_type:
         return ("audio", "input_features") if config.num_channels == 1 else ("vision", "pixel_values")
     if config.model_type in _VIDEO_MODEL_TYPES:
@@ -143,7 +152,7 @@ def _as_config(name, value):
         )
     options = {key: item for key, item in value.items() if key != "model_type"}
     model_type = value["model_type"]
-    for own in (FeatureSequenceConfig, EEGConfig, MMViTConfig):
+    for own in (FeatureSequenceConfig, EEGConfig, MMViTConfig, PointsConfig):
         if model_type == own.model_type:
             return own(**options)
     if model_type not in CONFIG_MAPPING:
@@ -309,7 +318,8 @@ class CrossModalConfig(PreTrainedConfig):
             depth to the first layer (of explicit `levels` too: an ablation is one key).
         fusion_queries: modalities whose tokens the fusion layers of `cross` update (for example `["text"]`: the question
             looks at the image, and the image stays as its encoder left it, at less cost). None: all.
-        first_query: modality that looks in the first layer of `interlaced`; None: the first one.
+        first_query: modality that looks in the first layer of `interlaced`; None: the first one. Beside points also `"3d"`, the points
+            themselves, and `"2d"`, what they are seen in.
         bottleneck, num_latents: of the `bottleneck` operator: `"exchange"` (MBT: latents beside the tokens of every
             modality) or `"resample"` (Perceiver: linear in the number of tokens), and how many latents.
         modality_weighting: `"adaptive"` (learned softmax over the modalities present), `"uncertainty"` (softmax of the
@@ -357,6 +367,17 @@ class CrossModalConfig(PreTrainedConfig):
         loss_weighting: `"fixed"`, or `"learned"`: by the uncertainty of each loss.
         decoder_config: TextDecoderConfig of `CrossModalForCaptioning`, or its fields.
         detach_global, detach_local: keep the contrast, or the cross-attention, from training what both stand on.
+        supervision: of `CrossModalForPointSegmentation`: `"tags"`, the classes that are somewhere in a scene, or `"full"`, a label of
+            every point that has one.
+        voxel_size: edge of the supervoxels of a grid, in units of the coordinates, where none are given.
+        view_tokens: each view of a scene is one token, its mean (`"mean"`), or one for each patch (`"grid"`).
+        point_projection: what points take of the image at the places where they are seen: `"none"`, image features beside their own
+            (`"add"`), or those alone (`"only"`: points are labelled in 2D).
+        class_token_weight, smoothness_weight: of these losses of points; `contrastive_weight` is that of their contrast of classes, and
+            `present_classes_only` keeps classes out of it that a scene does not have.
+        activation_power: of the mean over supervoxels in the loss of class activation: 1 is MIT's; larger ones let the best places of a
+            class count more, so that classes of a scene need not be of one size.
+        pseudo_label_threshold: least activation of a supervoxel that becomes a pseudo-label.
 
     Raises:
         ValueError: for a near miss of a known key, and for combinations that cannot work, naming key, value,
@@ -384,6 +405,9 @@ class CrossModalConfig(PreTrainedConfig):
         "text_embeds",
         "match_logits",
         "losses",
+        "scene_logits",
+        "segments",
+        "class_scores",
     ]
 
     modality_names: list[str] | None = None
@@ -442,6 +466,15 @@ class CrossModalConfig(PreTrainedConfig):
     loss_weighting: str = "fixed"
     detach_global: bool = False
     detach_local: bool = False
+    supervision: str = "tags"
+    voxel_size: float | int = 0.2
+    view_tokens: str = "mean"
+    point_projection: str = "none"
+    class_token_weight: float | int = 1.0
+    smoothness_weight: float | int = 1.0
+    present_classes_only: bool = False
+    activation_power: float | int = 1.0
+    pseudo_label_threshold: float | int = 0.5
     decoder_config: dict | PreTrainedConfig | None = None
     tie_word_embeddings: bool = True
 
@@ -466,6 +499,10 @@ class CrossModalConfig(PreTrainedConfig):
         if modalities is None and not self.modality_names:
             modalities = {"vision": CONFIG_MAPPING["vit"](), "text": CONFIG_MAPPING["bert"]()}
         self._set_modalities(stored if modalities is None else modalities)
+        if self.first_query in ("3d", "2d"):
+            types, in_space = self.modality_settings, self.first_query == "3d"
+            wanted = [name for name in self.modality_names if (types[name]["type"] == "points") == in_space]
+            self.first_query = wanted[0] if wanted else self.first_query
         # Without a choice for the whole, transformers would take from each encoder the one that it has.
         chosen = {
             f"{name}_config": getattr(self, f"{name}_config")._attn_implementation for name in self.modality_names
@@ -530,6 +567,12 @@ class CrossModalConfig(PreTrainedConfig):
             raise ValueError(
                 f"modality {name!r}: context={context!r} of type {settings['type']!r}. Expected a whole number of neighbours on each "
                 "side, of a modality of type 'features'."
+            )
+        views = settings.get("views")
+        if views is not None and (settings["type"] != "vision" or not isinstance(views, int) or views < 1 or limit):
+            raise ValueError(
+                f"modality {name!r}: views={views!r} of type {settings['type']!r}, max_tokens={limit!r}. Expected a whole number of images "
+                "of a row, at least 1, of a modality of type 'vision' without max_tokens."
             )
         window = settings.get("window")
         if window is not None and (settings["type"] != "eeg" or len(window) != 2 or min(window) <= 0):
@@ -616,7 +659,7 @@ class CrossModalConfig(PreTrainedConfig):
         if "frame_tokens" in self.modality_settings[name]:
             mask = "video_attention_mask"
         first = next(n for n in self.modality_names if self.modality_settings[n]["input"] == values)
-        prefix = "" if kind not in ("features", "eeg") and name == first else f"{name}_"
+        prefix = "" if kind not in NAMED_TYPES and name == first else f"{name}_"
         return f"{prefix}{values}", mask and f"{prefix}{mask}"
 
     @classmethod
@@ -678,6 +721,9 @@ class CrossModalConfig(PreTrainedConfig):
             "alignment": ALIGNMENTS,
             "loss_weighting": LOSS_WEIGHTINGS,
             "regression_loss": REGRESSION_LOSSES,
+            "supervision": SUPERVISIONS,
+            "view_tokens": VIEW_TOKENS,
+            "point_projection": POINT_PROJECTIONS,
         }.items():
             value = getattr(self, key)
             if value not in allowed:
@@ -753,6 +799,11 @@ class CrossModalConfig(PreTrainedConfig):
             raise ValueError(
                 "modality_weighting='uncertainty' is taught by the losses of each modality alone, and "
                 "auxiliary_loss_weight=0. Give it a weight, for example 0.3, or choose 'adaptive'."
+            )
+        if self.voxel_size <= 0 or self.activation_power < 1 or not 0 <= self.pseudo_label_threshold <= 1:
+            raise ValueError(
+                f"voxel_size={self.voxel_size}, activation_power={self.activation_power}, pseudo_label_threshold="
+                f"{self.pseudo_label_threshold}. Expected a size above 0, a power of at least 1, and a threshold from 0 to 1."
             )
         if self.fusion_queries == []:
             raise ValueError("fusion_queries=[] leaves nothing to fuse. Name at least one modality, or give None.")

@@ -22,6 +22,7 @@ from .configuration_crossmodal import FeatureSequenceConfig
 from .eeg_crossmodal import EEGConfig, EEGEncoder
 from .kernels_crossmodal import initialise_kernel
 from .mmvit_crossmodal import MMViTConfig, MMViTEncoder
+from .points_crossmodal import PointEncoder, PointsConfig
 
 
 @dataclass
@@ -31,8 +32,8 @@ class EncodedModality:
     levels: one (B,T,D_k) per tapped depth, all with the same T. mask (B,T) bool, True for real tokens, or None if
     all are. grid (h, w) if the last h*w tokens are an image's patches in rows, else None. positioned: whether
     the tokens already know where they are. frames: how many frames of a video follow one another in the tokens, each with as
-    many, or None. index (B',) long or None: the row of each row of the batch among these; present (B',) bool or None: the rows
-    of the batch that have this modality.
+    many, or None. views: how many images a row has, whose tokens follow one another. index (B',) long or None: the row of each
+    row of the batch among these; present (B',) bool or None: the rows of the batch that have this modality.
     """
 
     levels: list
@@ -40,6 +41,7 @@ class EncodedModality:
     grid: tuple | None = None
     positioned: bool = True
     frames: int | None = None
+    views: int = 1
     index: torch.Tensor | None = None
     present: torch.Tensor | None = None
 
@@ -58,33 +60,34 @@ class EncodedModality:
 def pack_tokens(encoded):
     """Levels of an EncodedModality side by side, as `<name>_tokens` of a forward takes them.
 
-    (B,T,sum of D_k), or (B,h,w,sum of D_k) for a grid whose tokens do not know yet where they are; of the frames of a video
-    (B,F,T,sum of D_k) or (B,F,h,w,sum of D_k), and a mask of frames (B,F).
+    (B,T,sum of D_k), or (B,h,w,sum of D_k) for a grid whose tokens do not know yet where they are, (B,V,h,w,...) of several
+    views; of the frames of a video (B,F,T,sum of D_k) or (B,F,h,w,sum of D_k), and a mask of frames (B,F).
     """
     tokens, mask = torch.cat(encoded.levels, dim=-1), encoded.mask
     if encoded.frames is not None:
         tokens = tokens.unflatten(1, (encoded.frames, -1))
         mask = None if mask is None else mask.unflatten(1, (encoded.frames, -1))[..., 0]
     if not encoded.positioned and encoded.grid is not None:
-        tokens = tokens.unflatten(-2, encoded.grid)
+        tokens = tokens.unflatten(-2, encoded.grid if encoded.views == 1 else (encoded.views, *encoded.grid))
     return tokens, mask
 
 
 def unpack_tokens(name, tokens, mask, widths, by_frame=False):
     """The EncodedModality that `pack_tokens` packed. widths: of the tapped levels, mask (B,T), (B,F) of frames, or None."""
     axes = tokens.dim() - by_frame
-    if axes not in (3, 4) or tokens.shape[-1] != sum(widths):
+    if axes not in (3, 4, 4 if by_frame else 5) or tokens.shape[-1] != sum(widths):
         frames = "frames, " if by_frame else ""
         raise ValueError(
             f"{name}_tokens has shape {tuple(tokens.shape)}. Expected (batch, {frames}tokens, {sum(widths)}) or (batch, {frames}height, "
             f"width, {sum(widths)}): the tapped levels of {name!r}, of widths {widths}, side by side, as `encode_tokens` returns them."
         )
-    grid, frames = tuple(tokens.shape[-3:-1]) if axes == 4 else None, tokens.shape[1] if by_frame else None
+    grid, frames = tuple(tokens.shape[-3:-1]) if axes > 3 else None, tokens.shape[1] if by_frame else None
     levels = list(tokens.flatten(1, -2).split(widths, dim=-1))
     mask = None if mask is None else mask.bool()
     if by_frame and mask is not None:
         mask = mask.repeat_interleave(levels[0].shape[1] // frames, dim=1)
-    return EncodedModality(levels, mask, grid, positioned=grid is None, frames=frames)
+    views = tokens.shape[1] if axes == 5 else 1
+    return EncodedModality(levels, mask, grid, positioned=grid is None, frames=frames, views=views)
 
 
 def sine_positions(positions, size, temperature=10000.0):
@@ -192,6 +195,7 @@ ENCODERS = {
     FeatureSequenceConfig.model_type: FeatureSequenceEncoder,
     EEGConfig.model_type: EEGEncoder,
     MMViTConfig.model_type: MMViTEncoder,
+    PointsConfig.model_type: PointEncoder,
 }
 
 
@@ -325,8 +329,9 @@ def encode_modality(encoder, kind, values, mask, levels, frame_tokens=None):
 
     Args:
         encoder: a transformers model, or a module that keeps the contract of `ENCODERS`.
-        kind: "vision", "text", "audio", "video", "features" or "eeg".
-        values: what the encoder reads, (B,3,H,W), (B,T), (B,F,T), (B,samples), (B,frames,3,H,W) or (B,T,...).
+        kind: "vision", "text", "audio", "video", "features", "eeg" or "points".
+        values: what the encoder reads, (B,3,H,W), (B,T), (B,F,T), (B,samples), (B,frames,3,H,W) or (B,T,...); of several views of a
+            scene (B,V,3,H,W), each of which is encoded by itself.
         mask: (B, positions of the input) or None.
         levels: indices of the depths to return.
         frame_tokens: of a video whose frames an encoder of images reads one by one, how many tokens are kept of each at most.
@@ -334,6 +339,12 @@ def encode_modality(encoder, kind, values, mask, levels, frame_tokens=None):
     Returns:
         EncodedModality with one (B,T,D_k) per level.
     """
+    if kind == "vision" and values.dim() == 5:
+        rows, views = values.shape[:2]
+        encoded = encode_modality(encoder, kind, values.flatten(0, 1), None, levels)
+        encoded.levels = [level.unflatten(0, (rows, views)).flatten(1, 2) for level in encoded.levels]
+        encoded.views = views
+        return encoded
     if mask is not None:
         mask = mask.bool()
     if frame_tokens is not None:

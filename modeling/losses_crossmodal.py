@@ -7,6 +7,8 @@ Shipped to the Hub beside the weights: imports only torch, transformers and sibl
 import torch
 from torch import nn
 
+from .pooling_crossmodal import masked_mean
+
 
 def row_counts(labels, problem_type, class_weights=None):
     """How much each row counts in a mean of `row_losses`: (B,)."""
@@ -98,3 +100,71 @@ def text_losses(logits, labels, label_smoothing=0.0, weights=None):
     )
     losses = losses.view(labels.shape).sum(-1)
     return losses if weights is None else losses * weights, text_counts(labels, weights)
+
+
+def soft_margin_loss(logits, tags, rows=None):
+    """Multi-label soft margin: mean over classes of -[y log s(z) + (1 - y) log s(-z)], mean over rows.
+
+    logits (B,C), tags (B,C) of 0 and 1, rows (B,) bool: those that count, or None. Returns a scalar, 0 where none counts.
+    """
+    losses = nn.functional.multilabel_soft_margin_loss(logits.float(), tags.float(), reduction="none")
+    return losses.mean() if rows is None else mean_loss(losses * rows, rows.float())
+
+
+def activation_loss_3d(activations, tags, mask=None, power=1.0):
+    """Class activation of supervoxels from tags of their scene: BCE((mean_s p_s^r)^(1/r), y), p_s = softmax_c(a_s): what no tag says
+    must be nowhere, what a tag says somewhere.
+
+    With r = 1 it is MIT's (Yang et al. 2023, arXiv 2310.12817), by which all classes of a scene strive for parts of the same size; the
+    larger r, the more the best places alone count (the maximum, in the limit), and the size of a class is its own.
+
+    activations (B,S,C), tags (B,C), mask (B,S) bool or None, power r. Returns a scalar.
+    """
+    # Kept off 0, where the root has no finite slope.
+    probabilities = activations.float().softmax(dim=-1).clamp(min=1e-6)
+    parts = masked_mean(probabilities**power, mask) ** (1 / power)
+    return nn.functional.binary_cross_entropy(parts.clamp(1e-6, 1 - 1e-6), tags.float())
+
+
+def activation_loss_2d(activations, tags, mask=None, rows=None):
+    """Class activation of views: the soft margin of mean_n a_n (MIT). activations (B,T,C), mask (B,T) bool or None, rows (B,) bool: those
+    that have views, or None. Returns a scalar."""
+    return soft_margin_loss(masked_mean(activations.float(), mask), tags, rows)
+
+
+def class_contrast_loss(scores, tags=None, rows=None):
+    """Each class token of one modality is to attend to that of the same class of the other, more than to the others (MIT's N-pair loss):
+
+        L = (1 / layers) sum_l 1/2 [CE(A^l, I) + CE(A^lT, I)],   A^l the raw scores of class on class tokens, mean over heads
+
+    scores (L,B,C,C); tags (B,C): only the classes that a row has take part, or None: all; rows (B,) bool: those that have both
+    modalities, or None. Returns a scalar, 0 where there is nothing to compare.
+    """
+    count = scores.shape[-1]
+    taking_part = scores.new_ones(scores.shape[1:3], dtype=torch.bool) if tags is None else tags.bool()
+    if rows is not None:
+        taking_part = taking_part & rows[:, None]
+    masked = scores.float().masked_fill(~taking_part[None, :, None], -1e4)
+    back = scores.float().transpose(-1, -2).masked_fill(~taking_part[None, :, None], -1e4)
+    own = torch.arange(count, device=scores.device).expand(scores.shape[:-1])
+    losses = sum(
+        nn.functional.cross_entropy(part.flatten(0, 2), own.flatten(), reduction="none").view(own.shape)
+        for part in (masked, back)
+    )
+    return mean_loss(losses.mean(dim=0)[taking_part] / 2, taking_part[taking_part].float())
+
+
+def smoothness_loss(features, means, mask=None):
+    """Points of a supervoxel are alike: the mean square of f_i - v_s(i) (MIT). features and means of each point's supervoxel (B,N,D),
+    mask (B,N) bool or None. Returns a scalar."""
+    apart = (features - means).float().square().mean(dim=-1)
+    return apart.mean() if mask is None else mean_loss(apart * mask, mask.float())
+
+
+def point_loss(logits, labels, class_weights=None):
+    """Cross entropy of points, mean over those that have a label: logits (B,N,C), labels (B,N) long, -100 for none, class_weights (C,)
+    or None. Returns a scalar, 0 where no point has a label."""
+    losses, counts = row_losses(
+        logits.flatten(0, 1), labels.flatten(), "single_label_classification", class_weights=class_weights
+    )
+    return mean_loss(losses, counts)

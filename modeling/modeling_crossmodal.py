@@ -95,7 +95,7 @@ class ModalityProjection(nn.Module):
         """encoded: EncodedModality, modality_type (D,). Returns a list of (B,T,D), one per level."""
         shift, (width, device) = modality_type, (modality_type.shape[-1], modality_type.device)
         if encoded.grid is not None and not encoded.positioned:
-            shift = shift + grid_positions(*encoded.grid, width, device).to(shift.dtype)
+            shift = shift + grid_positions(*encoded.grid, width, device).to(shift.dtype).repeat(encoded.views, 1)
         if encoded.frames is not None:
             times = sine_positions(torch.arange(encoded.frames, device=device), width).to(shift.dtype)
             tokens = encoded.levels[0].shape[1] // encoded.frames
@@ -123,6 +123,7 @@ class CrossModalPreTrainedModel(PreTrainedModel):
         "ResampleLayer",
         "FeatureSequenceLayer",
         "DecoderLayer",
+        "InterlacedDecoderLayer",
     ]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -257,6 +258,11 @@ class CrossModalPreTrainedModel(PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded)._apply_freezing()
         return loaded
 
+    @staticmethod
+    def config_fields():
+        """Arguments of `from_encoders` that are no modality."""
+        return {*CrossModalConfig.__dataclass_fields__, "num_labels", "num_hidden_layers", "attn_implementation"}
+
     @classmethod
     def from_encoders(cls, *, freeze=(), **named):
         """Composes a model from any encoders, by modality name.
@@ -278,9 +284,8 @@ class CrossModalPreTrainedModel(PreTrainedModel):
             ... )
         """
         overrides, encoders = {}, {}
-        fields = {*CrossModalConfig.__dataclass_fields__, "num_labels", "num_hidden_layers", "attn_implementation"}
         for name, value in named.items():
-            (overrides if name in fields else encoders)[name] = value
+            (overrides if name in cls.config_fields() else encoders)[name] = value
         CrossModalConfig._reject_near_misses(encoders, also_known=["freeze"])
         if not encoders:
             raise ValueError(
@@ -306,9 +311,11 @@ class CrossModalModel(CrossModalPreTrainedModel):
     Args:
         config: CrossModalConfig.
         encoders: {modality: module} to use instead of building them from the config.
+        fuses: False leaves out what `fuse` is made of, for a head whose own tokens take part in the fusion: `encode` and `project` are
+            there alone.
     """
 
-    def __init__(self, config, encoders=None):
+    def __init__(self, config, encoders=None, fuses=True):
         super().__init__(config)
         given = encoders or {}
         self.encoders = nn.ModuleDict()
@@ -330,18 +337,21 @@ class CrossModalModel(CrossModalPreTrainedModel):
             self.encoders[name] = encoder
         self.modality_types = nn.Embedding(len(config.modality_names), config.hidden_size)
         self.projections = nn.ModuleDict({name: ModalityProjection(config, name) for name in config.modality_names})
-        self.fusion = FUSIONS[config.fusion_type](config)
-        self.poolings = nn.ModuleDict({name: TokenPooling(config, name) for name in config.modality_names})
-        if config.pooled_features:
-            self.shortcuts = nn.ModuleDict(
-                {name: PooledShortcut(config, name, config.hidden_size) for name in config.modality_names}
-            )
+        self.fuses = fuses
+        if fuses:
+            self.fusion = FUSIONS[config.fusion_type](config)
+            self.poolings = nn.ModuleDict({name: TokenPooling(config, name) for name in config.modality_names})
+            if config.pooled_features:
+                self.shortcuts = nn.ModuleDict(
+                    {name: PooledShortcut(config, name, config.hidden_size) for name in config.modality_names}
+                )
         self.weighting = ModalityWeighting(config)
-        if config.missing_tokens:
-            self.missing_tokens = nn.Embedding(len(config.modality_names), config.hidden_size)
-        self.outputs = nn.ModuleDict(
-            {name: nn.Linear(config.hidden_size, config.hidden_size) for name in config.modality_names}
-        )
+        if fuses:
+            if config.missing_tokens:
+                self.missing_tokens = nn.Embedding(len(config.modality_names), config.hidden_size)
+            self.outputs = nn.ModuleDict(
+                {name: nn.Linear(config.hidden_size, config.hidden_size) for name in config.modality_names}
+            )
         self._input_names = {}
         for index, name in enumerate(config.modality_names):
             values, mask = config.input_keys(name)
@@ -432,6 +442,11 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 f"modalities {names}."
             )
         return presence & modality_mask.bool()
+
+    def _check_numbers_of_rows(self, collected):
+        sizes = self._numbers_of_rows(collected)
+        if not all_alike(sizes.values()):
+            raise ValueError(f"Modalities have different batch sizes: {sizes}. Give one row each, and modality_mask.")
 
     def encode(self, inputs, modality_mask=None):
         """Raw batches to tokens at the tapped depths.
@@ -712,11 +727,14 @@ class CrossModalModel(CrossModalPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if not self.fuses:
+            raise ValueError(
+                "this base belongs to a head that fuses by itself. Call the head, or `encode` and `project`, or load the base alone with "
+                "AutoModel.from_pretrained."
+            )
         self._check_task_ids(task_ids)
         collected = self._collect_inputs(inputs)
-        sizes = self._numbers_of_rows(collected)
-        if not all_alike(sizes.values()):
-            raise ValueError(f"Modalities have different batch sizes: {sizes}. Give one row each, and modality_mask.")
+        self._check_numbers_of_rows(collected)
         encoded, presence = self.encode(collected, modality_mask)
         levels, masks = self.project(encoded)
         shared = {name: item for name, item in encoded.items() if item.index is not None or item.present is not None}
@@ -764,8 +782,15 @@ def heads():
     from .captioning_crossmodal import CrossModalForCaptioning
     from .classification_crossmodal import CrossModalForSequenceClassification, CrossModalForVQA
     from .retrieval_crossmodal import CrossModalForRetrieval
+    from .segmentation_crossmodal import CrossModalForPointSegmentation
 
-    return CrossModalForVQA, CrossModalForSequenceClassification, CrossModalForRetrieval, CrossModalForCaptioning
+    return (
+        CrossModalForVQA,
+        CrossModalForSequenceClassification,
+        CrossModalForRetrieval,
+        CrossModalForCaptioning,
+        CrossModalForPointSegmentation,
+    )
 
 
 CrossModalModel.register_for_auto_class("AutoModel")

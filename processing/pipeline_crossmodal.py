@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from .reading_points_crossmodal import draw_from_above, read_points, write_labelled_ply
+
 
 class CrossModalPipeline(Pipeline):
     """Samples are batched by the processor itself, which knows what a row may lack and pads to the longest."""
@@ -31,6 +33,15 @@ class CrossModalPipeline(Pipeline):
         """Pushes processor and model, each as its own `push_to_hub` does: a repo that `pipeline(model=repo_id)` loads."""
         self.processor.push_to_hub(repo_id, **kwargs)
         return self.model.push_to_hub(repo_id, **kwargs)
+
+    def _by_name(self, inputs, kwargs):
+        """(one sample or many, what is left of kwargs), where one sample may be given by the names of its inputs."""
+        names = {self.processor.argument_of(name) for name in self.processor.modality_names}
+        names |= {*self.processor.modality_names, *self._aliases}
+        sample = {key: kwargs[key] for key in kwargs if key in names}
+        if sample and inputs is not None:
+            raise ValueError(f"samples and {sorted(sample)} were both given. Give one dict, or inputs by name.")
+        return sample if inputs is None else inputs, {key: kwargs[key] for key in kwargs if key not in names}
 
     def preprocess(self, sample, **parameters):
         return self._collate([sample])
@@ -155,12 +166,8 @@ class CrossModalClassificationPipeline(CrossModalScoringPipeline):
             A list of `{"label", "score"}`, best first: probabilities, or the number itself of a regression. For many samples a list of
             such lists; with `return_modality_weights` each is `{"labels": [...], "modality_weights": {modality: weight}}`.
         """
-        names = {self.processor.argument_of(name) for name in self.processor.modality_names}
-        names |= {*self.processor.modality_names, *self._aliases}
-        sample = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
-        if sample and inputs is not None:
-            raise ValueError(f"samples and {sorted(sample)} were both given. Give one dict, or inputs by name.")
-        return super().__call__(sample if inputs is None else inputs, **kwargs)
+        inputs, kwargs = self._by_name(inputs, kwargs)
+        return super().__call__(inputs, **kwargs)
 
     def postprocess(self, output, top_k=None, return_modality_weights=False):
         config = self.model.config
@@ -266,6 +273,87 @@ class CrossModalRetrievalPipeline(CrossModalPipeline):
             {"score": scores[i].item(), "similarity": similarities[i].item(), "index": i, "candidate": values[i]}
             for i in best
         ]
+
+
+class CrossModalPointSegmentationPipeline(CrossModalPipeline):
+    """Points, with images of them or without, to a label for each.
+
+    Example:
+        >>> pipe = pipeline(model=folder, trust_remote_code=True)
+        >>> found = pipe(points="room.ply", image="room.jpg", output="labelled.ply", picture="from_above.png")
+        >>> found["labels"][:2], found["scene"]
+        (['floor', 'chair'], {'floor': 0.99, 'chair': 0.95, 'table': 0.02})
+    """
+
+    def _sanitize_parameters(self, tags=None, **kwargs):
+        if kwargs:
+            raise ValueError(
+                f"{sorted(kwargs)[0]!r} is no parameter of this pipeline. Expected tags, output, picture, up, batch_size or num_workers, "
+                "and inputs of the model."
+            )
+        return {}, {} if tags is None else {"tags": tags}, {}
+
+    def __call__(self, inputs=None, output=None, picture=None, up="z", **kwargs):
+        """Labels the points of one scene or many.
+
+        Args:
+            inputs: a dict `{"points": ..., "image": ...}` (points in any form of the processor: `.ply` and `.npz` files, arrays, dicts), a
+                list, generator or dataset of such dicts; or nothing, and the inputs of one scene by name.
+            output: of one scene, a `.ply` file to write, with the points in the colours of their labels.
+            picture: of one scene, a picture to draw, seen from above, with a legend. up: the axis that points up, such as "z" or "-y".
+            tags: names of the classes that are known to be in the scene: no point gets another.
+            batch_size: scenes per forward.
+
+        Returns:
+            a dict of `labels`, a list of N names; `label_ids (N,)`; `scores (N,)`, the probability of each; `scene`, {class: the probability
+            that the scene has it at all}; `modality_weights`. For many scenes a list of them.
+
+        Raises:
+            ValueError: for points that cannot be read, and tags that are no classes.
+        """
+        inputs, kwargs = self._by_name(inputs, kwargs)
+        found = super().__call__(inputs, **kwargs)
+        if output is None and picture is None:
+            return found
+        if not isinstance(found, dict):
+            raise ValueError(
+                "output and picture are of one scene, and several were given. Call the pipeline for each."
+            )
+        name = next(modality["name"] for modality in self.processor.modalities if modality["type"] == "points")
+        drawn = read_points(inputs[name])["coordinates"], found["label_ids"], list(self.model.config.id2label.values())
+        if output is not None:
+            write_labelled_ply(output, *drawn)
+        if picture is not None:
+            draw_from_above(picture, *drawn, up)
+        return found
+
+    def _forward(self, batch, tags=None):
+        if tags is not None:
+            batch["scene_tags"] = self._known(tags).expand(len(batch[self.model.main_input_name]), -1)
+        found = self.model(**batch)
+        return {key: found[key] for key in ("logits", "scene_logits", "segments", "modality_weights")}
+
+    def _known(self, tags):
+        """(1,C) of the classes named."""
+        labels = list(self.model.config.id2label.values())
+        for tag in tags:
+            if tag not in labels:
+                raise ValueError(f"the tag {tag!r} is no class of this model. Expected some of {labels}.")
+        return torch.tensor([[float(label in tags) for label in labels]], device=self.device)
+
+    def postprocess(self, output):
+        config = self.model.config
+        real = output["segments"][0] >= 0
+        scores, best = output["logits"][0][real].float().softmax(dim=-1).max(dim=-1)
+        scene = output["scene_logits"][0].float().sigmoid().tolist()
+        weights = output["modality_weights"][0].float().tolist()
+        return {
+            "labels": [config.id2label[index] for index in best.tolist()],
+            "label_ids": best.cpu().numpy(),
+            "scores": scores.cpu().numpy(),
+            "scene": dict(zip(config.id2label.values(), scene, strict=True)),
+            "modality_weights": dict(zip(config.modality_names, weights, strict=True)),
+        }
 
 
 def _is_image(value):

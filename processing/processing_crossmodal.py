@@ -17,7 +17,8 @@ from .feature_extraction_eeg_crossmodal import EEGFeatureExtractor
 
 # Not called here: what a file imports is saved with it, and a folder with model and processor runs in `pipeline`.
 from .pipeline_crossmodal import CrossModalPipeline  # noqa: F401
-from .reading_crossmodal import FRAME_SAMPLINGS, read_image, read_sound, read_video, resample
+from .reading_crossmodal import FRAME_SAMPLINGS, evenly, read_image, read_sound, read_video, resample
+from .reading_points_crossmodal import point_values, read_points
 
 
 logger = logging.get_logger(__name__)
@@ -58,7 +59,8 @@ class CrossModalProcessor(ProcessorMixin):
         chat_template: for dialogue (Jinja, as everywhere in transformers); conversations are rendered with the one of
             chat_crossmodal.py if there is none.
         modalities: per modality, in the order of the model's `modality_names`, a dict with `name`, `type`, `values` and
-            `mask` (keys of the batch), `max_tokens`, `num_frames` and `frame_sampling` of video, `context` of features, and `options` (arguments of its sub-processor, where
+            `mask` (keys of the batch), `max_tokens`, `num_frames` and `frame_sampling` of video, `context` of features, `views` of
+            images, `feature_size` of points, and `options` (arguments of its sub-processor, where
             two modalities of a type differ). `from_config` writes them.
         writer: of a model that writes text, a dict with `bos_token_id`, `eos_token_id` and `max_tokens` (None: no limit).
 
@@ -154,9 +156,9 @@ class CrossModalProcessor(ProcessorMixin):
             if settings["type"] == "video":
                 frames = settings.get("num_frames") or getattr(getattr(config, f"{name}_config"), "num_frames", None)
                 modality |= {"num_frames": frames} if frames else {}
-                modality |= {key: settings[key] for key in ("frame_sampling",) if key in settings}
-            if settings.get("context"):
-                modality["context"] = settings["context"]
+            modality |= {key: settings[key] for key in ("context", "views", "frame_sampling") if settings.get(key)}
+            if settings["type"] == "points":
+                modality["feature_size"] = getattr(config, f"{name}_config").feature_size
             if (options or {}).get(name):
                 modality["options"] = dict(options[name])
             modalities.append(modality)
@@ -264,7 +266,8 @@ class CrossModalProcessor(ProcessorMixin):
         is used for every row.
 
         Args:
-            images: PIL images, paths, URLs, bytes, arrays (H,W,3) or (3,H,W), tensors.
+            images: PIL images, paths, URLs, bytes, arrays (H,W,3) or (3,H,W), tensors; or, where the modality says how many `views`
+                a row has, a list of them for each row, of which so many are taken at even distances.
             text: strings, or conversations (lists of `{"role", "content"}`), whose oldest turns are left out where they are too
                 long. Where no modality is text and the model writes text: what it is to go on with ("": it begins).
             audio: waveforms (samples,), dicts with `array` and `sampling_rate`, or paths or bytes of sound files. Whatever their
@@ -279,7 +282,8 @@ class CrossModalProcessor(ProcessorMixin):
                 goes on with, `decoder_input_ids` hold both, and the labels of `text` are -100.
             padding, return_text_replacement_offsets: for callers that ask; batches are always padded.
             return_offsets_mapping: also give `offset_mapping` (B,T,2), where in the text each word begins and ends.
-            named: further modalities by name; EEG as dicts of `array` (channels, samples) in microvolts and `sampling_rate`; and feature sequences (T,...) as arrays, tensors, lists of them, or dicts of `array` and
+            named: further modalities by name; points in any form that `read_points` takes (dicts of `coordinates`, `colors`, `features`,
+                `uv`, `segments`, arrays (N,F), `.ply` and `.npz` files); EEG as dicts of `array` (channels, samples) in microvolts and `sampling_rate`; and feature sequences (T,...) as arrays, tensors, lists of them, or dicts of `array` and
                 `mask` (T,), which says what steps are real. Also
                 `<name>_tokens`: tokens (T,W) or (h,w,W) of a frozen encoder (`model.base_model.encode_tokens`), a list with
                 one array per row, in place of the raw inputs of that modality.
@@ -293,7 +297,8 @@ class CrossModalProcessor(ProcessorMixin):
         """
         prompts, offsets = None, None
         text = self._as_text(text)
-        if isinstance(images, list | tuple) and any(isinstance(item, list | tuple) for item in images):
+        views = any(modality.get("views") for modality in self.modalities)
+        if not views and isinstance(images, list | tuple) and any(isinstance(item, list | tuple) for item in images):
             images, videos = self._of_conversations(images, videos)
         if self.writes_on:
             prompts, text = text, None
@@ -333,6 +338,7 @@ class CrossModalProcessor(ProcessorMixin):
                     made[f"{values}_index"] = _spread(index, rows, count)
                 data |= made
         partly = present.any(axis=1) & ~present.all(axis=1)
+        self._check_views(columns, data)
         if partly.any():
             data["modality_mask"] = torch.from_numpy(present.T.copy())
         if prompts is not None:
@@ -363,7 +369,8 @@ class CrossModalProcessor(ProcessorMixin):
             name = names[key]
             if name in tokens and key != tokens[name]:
                 continue
-            kind = next(modality["type"] for modality in self.modalities if modality["name"] == name)
+            modality = next(modality for modality in self.modalities if modality["name"] == name)
+            kind = "views" if modality.get("views") else modality["type"]
             rows = list(value) if name in tokens else _as_rows(kind, value)
             if rows is None:
                 single[name] = value
@@ -536,6 +543,16 @@ class CrossModalProcessor(ProcessorMixin):
         return limit
 
     def _process_vision_rows(self, modality, items, rows):
+        if modality.get("views"):
+            views = [item if isinstance(item, list | tuple) else [item] for item in items]
+            if not all(views):
+                raise ValueError(
+                    f"row {rows[[len(own) for own in views].index(0)]} has a list of no image. Give None for a row without."
+                )
+            modality, count = modality | {"views": None}, modality["views"]
+            flat = [own[place] for own in views for place in evenly(len(own), count)]
+            pixels = self._process_vision_rows(modality, flat, np.repeat(rows, count))[modality["values"]]
+            return {modality["values"]: pixels.unflatten(0, (len(views), count))}
         images = [read_image(item, f"image of row {row}") for row, item in zip(rows, items, strict=True)]
         pixels = self.image_processor(images, return_tensors="pt", **modality.get("options", {}))["pixel_values"]
         return {modality["values"]: pixels}
@@ -655,6 +672,62 @@ class CrossModalProcessor(ProcessorMixin):
         values = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         return {modality["values"]: values, modality["mask"]: mask}
 
+    def _process_points_rows(self, modality, items, rows):
+        name, pad = modality["name"], torch.nn.utils.rnn.pad_sequence
+        read = [
+            read_points(item, f"the points of row {row} ({name!r})") for row, item in zip(rows, items, strict=True)
+        ]
+        values = [
+            torch.from_numpy(point_values(points, modality["feature_size"], f"the points of row {row} ({name!r})"))
+            for row, points in zip(rows, read, strict=True)
+        ]
+        lengths = torch.tensor([len(own) for own in values])
+        made = {
+            modality["values"]: pad(values, batch_first=True),
+            modality["mask"]: torch.arange(int(lengths.max())) < lengths[:, None],
+        }
+        for key, padding in (("uv", -1.0), ("segments", -1)):
+            there = [key in points for points in read]
+            if key == "segments" and any(there) and not all(there):
+                raise ValueError(
+                    f"some rows of {name!r} have segments, and row {rows[there.index(False)]} has none. Give all, or none."
+                )
+            if any(there):
+                own = [torch.from_numpy(self._part_of(points, key, read, modality)) for points in read]
+                made[f"{name}_{key}"] = pad(own, batch_first=True, padding_value=padding)
+        return made
+
+    def _part_of(self, points, key, read, modality):
+        """uv or segments of a row; where it has no uv, as it is without images, those of points that nothing sees."""
+        if key == "segments":
+            return points[key]
+        shapes = {other[key].shape[1:] for other in read if key in other}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"uv of {modality['name']!r} are of {sorted(shape[0] for shape in shapes)} views. Expected as many in every row."
+            )
+        return points.get(key, np.full((len(points["coordinates"]), *shapes.pop()), -1.0, dtype=np.float32))
+
+    def _check_views(self, columns, data):
+        """Refuses images that see no point, where it is said what they see."""
+        vision = next((modality["name"] for modality in self.modalities if modality["type"] == "vision"), None)
+        for modality in self.modalities:
+            uv = data.get(f"{modality['name']}_uv") if modality["type"] == "points" else None
+            if uv is None:
+                continue
+            if columns.get(vision) and getattr(self.image_processor, "do_center_crop", False):
+                raise ValueError(
+                    "uv say where whole images see points, and this image processor crops them (do_center_crop). Set it to False, and a "
+                    "size of height and width."
+                )
+            seen = ((uv >= 0) & (uv <= 1)).all(dim=-1).flatten(1).any(dim=1)
+            for row, image in enumerate(columns.get(vision, [])):
+                if image is not None and not seen[row]:
+                    raise ValueError(
+                        f"the image of row {row} has no point in view: no uv of {modality['name']!r} lies within 0 and 1 (parts of the width "
+                        "and the height of the image, not pixels). Correct uv, or give None for that image."
+                    )
+
     def _process_eeg_rows(self, modality, items, rows):
         extract, features = EEGFeatureExtractor(**modality.get("options", {})), []
         for row, item in zip(rows, items, strict=True):
@@ -702,11 +775,16 @@ def _as_rows(kind, value):
             value[0] is None or isinstance(value[0], list | tuple | str | bytes | Path) or _axes(value[0]) == 4
         )
         return list(value) if rows else None
+    if kind == "views":
+        nested = isinstance(value, list | tuple) and any(
+            item is None or isinstance(item, list | tuple) for item in value
+        )
+        return list(value) if nested else None
     if kind == "audio" and isinstance(value, list | tuple):
         return None if len(value) and isinstance(value[0], int | float) else list(value)
     if isinstance(value, list | tuple):
         return list(value)
-    single_axes = {"vision": 3, "audio": 1, "features": 2, "eeg": 2}.get(kind, 0)
+    single_axes = {"vision": 3, "audio": 1, "features": 2, "eeg": 2, "points": 2}.get(kind, 0)
     return list(value) if _axes(value) > single_axes else None
 
 

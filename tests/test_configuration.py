@@ -17,6 +17,7 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification",
     "AutoModelForZeroShotImageClassification",
     "AutoModelForImageTextToText",
+    "AutoModelForSemanticSegmentation",
     "AutoProcessor",
 }
 

@@ -44,13 +44,14 @@ def variants_of(recipe, chosen=None):
 
     Args:
         recipe: Recipe. chosen: names of `recipe.variants` or `VARIANTS`, `<modality> alone`, or `key=value` of the model's config
-            (several with spaces between); None takes the recipe's own, or where it has none all that are named.
+            (several with spaces between, behind `<modality> alone` too); None takes the recipe's own, or where it has none all that
+            are named.
 
     Raises:
         ValueError: for a name that there is not.
     """
     encoders, config = encoders_and_config(recipe)
-    also = [key for name in chosen or () if "=" in name for key in _change_of(name)]
+    also = [key for name in chosen or () for key in re.findall(r"(\w+)=", name)]
     own = recipe.variants
     recipe = replace(recipe, variants={}, warm_up=[_as_in_full(stage, config, also) for stage in recipe.warm_up])
     alone = {f"{name} alone": name for name in encoders} if len(encoders) > 1 else {}
@@ -59,20 +60,20 @@ def variants_of(recipe, chosen=None):
         if name in own:
             found[name] = recipe.changed(own[name])
             continue
-        if name in alone:
-            found[name] = _with_only(recipe, encoders, config, alone[name])
-            continue
-        if "=" in name:
-            change = _change_of(name)
-        elif name in VARIANTS:
-            change = VARIANTS[name]
+        only = next((part for part in alone if name == part or name.startswith(f"{part} ")), "")
+        changed = _with_only(recipe, encoders, config, alone[only]) if only else recipe
+        rest = name.removeprefix(only).strip()
+        if not rest or rest in VARIANTS:
+            change = VARIANTS.get(rest, {})
+        elif "=" in rest:
+            change = _change_of(rest)
         else:
             raise ValueError(
                 f"{name!r} is no variant. Expected some of {nearest(name, [*own, *VARIANTS, *alone])}, or key=value of the config."
             )
-        model = copy.deepcopy(recipe.model)
+        model = copy.deepcopy(changed.model)
         model["config"] = {**(model.get("config") or {}), **change}
-        found[name] = replace(recipe, model=model)
+        found[name] = replace(changed, model=model)
     return found
 
 
@@ -103,6 +104,9 @@ def _as_in_full(stage, config, also):
 def _with_only(recipe, encoders, config, name):
     """The recipe of one modality by itself; stages that hand over nothing of it fall away."""
     config = config | {"fusion_queries": None}
+    # There is nothing to alternate between, and nothing to be seen in.
+    config |= {"fusion_type": "concat"} if config.get("fusion_type") == "interlaced" else {}
+    config |= {"point_projection": "none"} if "point_projection" in config else {}
     model = {"encoders": {name: encoders[name]}, "config": config}
     model["freeze"] = [frozen for frozen in recipe.model.get("freeze") or () if frozen == name]
     stages = []
@@ -115,7 +119,9 @@ def _with_only(recipe, encoders, config, name):
         if stage.get("keep") != [] and stage.get("modalities") != []:
             stages.append(stage)
     rates = {key: rate for key, rate in recipe.learning_rates.items() if key in (name, "fusion", "head")}
-    return replace(recipe, model=model, warm_up=stages, learning_rates=rates)
+    # What a training encoder makes of its inputs cannot be kept.
+    cache = recipe.token_cache if model["freeze"] else None
+    return replace(recipe, model=model, warm_up=stages, learning_rates=rates, token_cache=cache)
 
 
 def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missing_rate=None):
@@ -145,7 +151,9 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missin
                 name=name,
                 output_dir=str(folder / _slug(name) / f"seed-{seed}"),
                 compare=[],
-                token_cache=str(folder / "tokens") if recipe.token_cache is True else recipe.token_cache,
+                token_cache=str(folder / "tokens")
+                if variants[name].token_cache is True
+                else variants[name].token_cache,
                 training={**variants[name].training, "disable_tqdm": True, "save_total_limit": 1},
             )
             results[name, seed] = _run_once(run, rows, folder / "warm_up", missing_rate)
@@ -180,6 +188,7 @@ def _run_once(run, rows, shared, missing_rate):
     kept = (
         "metrics",
         "majority",
+        "baselines",
         "parameters",
         "trainable_parameters",
         "minutes",

@@ -23,6 +23,8 @@ HUB_TASKS = {
     "CrossModalForSequenceClassification": "text-classification",
     "CrossModalForRetrieval": "zero-shot-image-classification",
     "CrossModalForCaptioning": "image-text-to-text",
+    # The nearest that there is.
+    "CrossModalForPointSegmentation": "image-segmentation",
 }
 
 # An F1 of all rows.

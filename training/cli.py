@@ -152,15 +152,26 @@ def predict(
     inputs: Annotated[
         list[str] | None, typer.Option("--input", metavar="NAME=FILE", help="Another modality, from a .npy file.")
     ] = None,
+    points: Annotated[str | None, typer.Option(help="Path of a .ply, .npz or .npy file of points to label.")] = None,
+    output: Annotated[str | None, typer.Option(help="Points: coloured .ply file to write.")] = None,
+    picture: Annotated[str | None, typer.Option(help="Points: picture from above to draw.")] = None,
+    up: Annotated[str, typer.Option(help="Points: axis that points up in the picture, such as z or -y.")] = "z",
     top_k: Annotated[int, typer.Option(min=1, help="Number of answers or labels.")] = 5,
     num_beams: Annotated[int, typer.Option(min=1, help="Writing: beams of the search.")] = 1,
     as_json: JSON = False,
 ):
-    """Answer a question about an image, write about it, or classify what is given; any modality may be left out."""
-    if image is None and text is None and audio is None and not inputs:
-        raise ValueError("nothing to predict from. Pass --image FILE, --text '...', --audio FILE, or several.")
+    """Answer a question about an image, write about it, classify what is given, or label points; any modality may be left out."""
+    if image is None and text is None and audio is None and points is None and not inputs:
+        raise ValueError(
+            "nothing to predict from. Pass --image FILE, --text '...', --audio FILE, --points FILE, or several."
+        )
     quiet()
     loaded, processor = load_model(model)
+    if type(loaded).__name__ == "CrossModalForPointSegmentation":
+        from .labelling import label_points
+
+        label_points(loaded, processor, points, image, output, picture, up, as_json)
+        return
     if type(loaded).__name__ == "CrossModalForCaptioning":
         if audio or inputs:
             raise ValueError("a model that writes is given --image and --text here; use its `generate` for others.")

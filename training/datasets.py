@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..processing.reading_crossmodal import read_image, read_sound
 from .layouts import find_layout, read_layout
+from .rooms import ROOM_CLASSES, rooms_dataset
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Adapter:
         vectors: columns that hold one feature vector, or a sequence of them.
         recording, place: row to what it is a part of, and to where in it, for those that have neighbours.
         subject: row to the person it was recorded of.
+        points: row to the points of its scene, for the input `points`.
     """
 
     task: str
@@ -53,11 +55,16 @@ class Adapter:
     recording: Callable[[dict], object] | None = None
     place: Callable[[dict], object] | None = None
     subject: Callable[[dict], object] | None = None
+    points: Callable[[dict], dict] | None = None
 
     @property
     def files(self):
         """Columns that are decoded only when a sample is read."""
         return [*self.images, *self.sounds, *self.clips, *self.vectors]
+
+    def without_files(self, rows):
+        """Rows without those columns."""
+        return rows.remove_columns([column for column in self.files if column in rows.column_names])
 
 
 def _annotators(row):
@@ -140,6 +147,44 @@ def _label(value):
         return [str(item) for item in value]
     return str(value).lower() if isinstance(value, bool) else str(value)
 
+
+def _points_of(row):
+    """Points of a scene, as the processor takes them: arrays may be flattened row by row."""
+    points = {"coordinates": np.asarray(row["points"], dtype=np.float32).reshape(-1, 3)}
+    count = len(points["coordinates"])
+    for key, shape in (("colors", (count, 3)), ("uv", (count, -1, 2)), ("segments", (count,))):
+        if row.get(key) is not None:
+            points[key] = np.asarray(row[key], dtype=np.float32 if key != "segments" else np.int64).reshape(shape)
+    return points
+
+
+def _point_labels(*columns, classes, inputs=None, images=(), **options):
+    """An adapter of scenes whose points have labels. classes: {label: name}; any other label is a truth that is not known."""
+    names, place = tuple(classes.values()), {label: index for index, label in enumerate(classes)}
+
+    def target(row):
+        labels = np.array([place.get(label, -1) for label in row["labels"]], dtype=np.int64)
+        return {"labels": labels, "classes": names}
+
+    return Adapter(
+        "point_segmentation",
+        (*columns, "labels"),
+        {"points": "points"} | (inputs or {}),
+        target,
+        images=images,
+        vectors=("points", "colors", "uv", "segments"),
+        points=_points_of,
+        **options,
+    )
+
+
+_DRIVING = "vehicle two_wheeler pedestrian pole_sign_light building_wall_fence vegetation other"
+# NYU40 numbers of the 20 classes that ScanNet is scored on.
+_SCANNET = (
+    "1 wall, 2 floor, 3 cabinet, 4 bed, 5 chair, 6 sofa, 7 table, 8 door, 9 window, 10 bookshelf, 11 picture, 12 counter, 14 desk, "
+    "16 curtain, 24 refrigerator, 28 shower curtain, 33 toilet, 34 sink, 36 bathtub, 39 otherfurniture"
+)
+_S3DIS = "ceiling floor wall beam column window door table chair sofa bookcase board clutter"
 
 # Features of CMU-MOSI and MOSEI by utterance, in the order of the recording.
 _UTTERANCES = {
@@ -296,6 +341,51 @@ DATASETS = {
         sounds=("audio",),
         group=lambda row: None,
     ),
+    # A mesh of ScanNet v2: its vertices with colours, the NYU40 number of each (`_vh_clean_2.labels.ply`), its segment
+    # (`_vh_clean_2.0.010000.segs.json`), and frames of its `.sens` file.
+    "scannet": _point_labels(
+        "scene_id",
+        "points",
+        "colors",
+        "segments",
+        "images",
+        classes={int(number): name for number, _, name in (item.partition(" ") for item in _SCANNET.split(", "))},
+        inputs={"images": "images"},
+        images=("images",),
+        # scene0000_00 and scene0000_01 are two scans of a room.
+        group=lambda row: row["scene_id"].rpartition("_")[0],
+    ),
+    # A room of S3DIS, with the class of each point as a number from 0 to 12, in the order in which the authors list them.
+    "s3dis": _point_labels(
+        "area",
+        "room",
+        "points",
+        "colors",
+        classes=dict(enumerate(_S3DIS.split())),
+        group=lambda row: (row["area"], row["room"]),
+        subject=lambda row: row["area"],
+    ),
+    "drawn_rooms": _point_labels(
+        "room",
+        "points",
+        "uv",
+        "views",
+        classes=dict(enumerate(ROOM_CLASSES)),
+        inputs={"images": "views"},
+        images=("views",),
+        group=lambda row: row["room"],
+    ),
+    # Points of a laser scanner on a car, and what its camera saw; 0 is unlabelled.
+    "driving_points": _point_labels(
+        "image",
+        "points",
+        "uv",
+        classes=dict(enumerate(_DRIVING.split(), 1)),
+        inputs={"images": "image"},
+        images=("image",),
+        recording=lambda row: row["id"].rpartition("_")[0],
+        place=lambda row: int(row["id"].rpartition("_")[2]),
+    ),
     "facts": Adapter(
         "vqa",
         ("image", "question", "facts"),
@@ -362,6 +452,10 @@ def _drawn_box_facts(split, rows):
     return facts_dataset(rows, split)
 
 
+def _drawn_room(split, rows):
+    return rooms_dataset(rows, split)
+
+
 # Worlds that the project draws itself: name to (split, number of rows) -> rows.
 DRAWN = {
     "drawn:shapes": _drawn_shapes,
@@ -371,6 +465,7 @@ DRAWN = {
     "drawn:shape_dialogues": _drawn_shape_dialogues,
     "drawn:boxes": _drawn_boxes,
     "drawn:box_facts": _drawn_box_facts,
+    "drawn:room": _drawn_room,
 }
 _DRAWN_ROWS = 12_000
 
@@ -571,15 +666,27 @@ def some_of(rows, limit, seed):
     return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
 
 
-def hold_out(rows, task, part):
-    """(rows to train on, rows held out to choose by): whole groups of the adapter, the same whatever the seed."""
+def hold_out(rows, task, part, by="group"):
+    """(rows to train on, rows held out to choose by), the same whatever the seed: whole groups of the adapter, or, by "time", the last
+    part of each recording."""
     adapter = DATASETS[find_adapter(rows.column_names, task)]
-    kept, held = [], []
-    for index, row in enumerate(rows.remove_columns(adapter.files)):
+    if by == "time" and adapter.recording is None:
+        raise ValueError(
+            f"holdout_by='time' needs rows that are parts of recordings, and those of task {task!r} here are not."
+        )
+    kept, held, recordings = [], [], {}
+    for index, row in enumerate(adapter.without_files(rows)):
+        if by == "time":
+            recordings.setdefault(adapter.recording(row), []).append((adapter.place(row), index))
+            continue
         group = adapter.group(row)
         group = index if group is None else group
         drawn = int.from_bytes(hashlib.sha256(str(group).encode()).digest()[:8], "big") / 2**64
         (held if drawn < part else kept).append(index)
+    for places in recordings.values():
+        order = [index for _, index in sorted(places)]
+        first = len(order) - round(part * len(order))
+        kept, held = kept + order[:first], held + order[first:]
     if not kept or not held:
         raise ValueError(
             f"holdout={part} of {len(rows):,} rows leaves {len(kept):,} to train on and {len(held):,} to choose by. Give "
@@ -634,7 +741,10 @@ class SampleReader(Dataset):
         import datasets
 
         for column in self.adapter.images:
-            rows = rows.cast_column(column, datasets.Image(decode=False))
+            # Decoded here, so that a broken image is named with its row.
+            encoded = datasets.Image(decode=False)
+            several = hasattr((rows.features or {}).get(column), "feature")
+            rows = rows.cast_column(column, datasets.List(encoded) if several else encoded)
         for column in self.adapter.sounds:
             rows = rows.cast_column(column, datasets.Audio(decode=False))
         for column in self.adapter.clips:
@@ -671,6 +781,8 @@ class SampleReader(Dataset):
     def _read(self, row, item, key, where):
         """One input of a row, decoded. Raises BrokenSample with `where`."""
         column = self.adapter.inputs[key]
+        if key == "points" and self.adapter.points is not None:
+            return self.adapter.points(row)
         if column in self.adapter.vectors:
             if row[column] is None:
                 return None
@@ -686,6 +798,8 @@ class SampleReader(Dataset):
         try:
             if column in self.adapter.clips:
                 return _read_clip(row[column])
+            if isinstance(row[column], list):
+                return [read(item.get("bytes") or item.get("path")) for item in row[column]]
             return read(row[column].get("bytes") or row[column].get("path"))
         except ValueError as error:
             if isinstance(error.__cause__, ImportError):
@@ -718,10 +832,10 @@ class RowDataset(SampleReader):
         self.rows = rows
         self.contexts = {key: size for key, size in (contexts or {}).items() if size}
         if self.contexts:
-            self._read_recordings(plain_rows=rows.remove_columns(self.adapter.files))
+            self._read_recordings(plain_rows=self.adapter.without_files(rows))
         # (row, item of the list in the column `several`, or None) of every sample.
         self.places = [(row, None) for row in range(len(rows))]
-        several, plain = self.adapter.several, rows.remove_columns(self.adapter.files)
+        several, plain = self.adapter.several, self.adapter.without_files(rows)
         if several is not None:
             self.places = [
                 (row, item)

@@ -35,6 +35,7 @@ class Recipe:
         holdout: part of the training rows, in whole groups, kept out of training to choose the checkpoint by; at 0 it is
             chosen on `eval_split` itself, whose score is then a little too good. Where `eval_split` is part of `train_split`, these rows
             are what is measured.
+        holdout_by: `group` draws groups, `time` takes the last rows of each recording.
         min_answer_count: answers rarer than this are no class.
         augment: row of `AUGMENTATIONS`, for training.
         rows_per_image: rows about one image (column `image_id`) that a training batch takes together; the image is then
@@ -67,6 +68,8 @@ class Recipe:
         mixing: of classification, arguments of `MixingCollator` (mixing.py): `mixup`, `time_cutmix`, SpecAugment.
         compare: variants of `crossmodal ablate` (such as `concat`) that are trained too, on the same rows, and shown beside.
         variants: of this recipe, by name, for `compare` and `crossmodal ablate`: keys that change, such as `mixing.mixup: 0.0`.
+        pseudo_labels: of point_segmentation, a second stage: a new model, fully supervised by labels that the first is sure of, with
+            `training` and `config` over those of the recipe. It is what is measured and kept.
         early_stopping_patience: evaluations without progress before training stops; None never stops.
     """
 
@@ -79,6 +82,7 @@ class Recipe:
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
     holdout: float = 0.0
+    holdout_by: str = "group"
     min_answer_count: int = 1
     augment: str | None = None
     rows_per_image: int = 1
@@ -97,11 +101,13 @@ class Recipe:
     compare: list[str] = field(default_factory=list)
     variants: dict = field(default_factory=dict)
     warm_up: list[dict] = field(default_factory=list)
+    pseudo_labels: dict = field(default_factory=dict)
     name: str = ""
 
     _SECTIONS = {
         "model": ("preset", "encoders", "config", "freeze", "decoder"),
         "processor": ("image_size", "tokenizer", "vocab_size", "audio", "eeg"),
+        "pseudo_labels": ("config", "training"),
     }
     _STAGE = (
         "task",
@@ -135,6 +141,12 @@ class Recipe:
             raise ValueError(
                 f"holdout={self.holdout!r} is no part of the training rows. Expected 0 to 1, for example 0.05."
             )
+        if self.holdout_by not in ("group", "time"):
+            raise ValueError(f"holdout_by={self.holdout_by!r} is unknown. Expected 'group' or 'time'.")
+        if self.pseudo_labels and self.task != "point_segmentation":
+            raise ValueError(
+                f"pseudo_labels with task={self.task!r}: only points of task 'point_segmentation' are given any."
+            )
         if self.gradient_cache is not None and (self.task != "retrieval" or self.gradient_cache < 1):
             raise ValueError(
                 f"gradient_cache={self.gradient_cache} with task={self.task!r}. Expected a number of rows for task 'retrieval'; "
@@ -155,7 +167,8 @@ class Recipe:
         for stage in self.warm_up:
             self._check_stage(stage, names)
         allowed = _training_keys()
-        for key in (key for part in (self.training, *(s.get("training", {}) for s in self.warm_up)) for key in part):
+        stages = (*self.warm_up, self.pseudo_labels)
+        for key in (key for part in (self.training, *(s.get("training", {}) for s in stages)) for key in part):
             if key not in allowed:
                 near = nearest(key, allowed)[:3]
                 raise ValueError(

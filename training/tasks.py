@@ -8,6 +8,7 @@ import torch
 
 from .classification import ClassificationTask, RegressionTask, SentimentTask
 from .metrics.vqa_accuracy.vqa_scoring import normalize_answer, soft_targets, vqa_score
+from .points import PointSegmentationTask
 from .task import OpenTask, Task, predict_logits
 from .writing import AnsweringTask, CaptioningTask, DialogueTask
 
@@ -195,4 +196,5 @@ TASKS = {
     "captioning": CaptioningTask,
     "answering": AnsweringTask,
     "dialogue": DialogueTask,
+    "point_segmentation": PointSegmentationTask,
 }

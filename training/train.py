@@ -15,6 +15,7 @@ from .checkpoints import last_whole_checkpoint, write_whole
 from .datasets import BrokenSample, RowDataset, contexts_of, cut_recordings, hold_out, load_rows, some_of
 from .hub import publish
 from .plots import learning_curves_plot
+from .points import labels_table, pseudo_labelled, second_stage
 from .processes import begin, is_main, on_main
 from .publish import export_folder, remove_unfinished
 from .recipes import Recipe
@@ -25,6 +26,10 @@ from .tasks import TASKS
 from .token_cache import with_cached_tokens
 from .trainer import DEFAULTS, fit, score
 from .warm_up import warm_up
+
+
+# What a first stage reached is shown as.
+_BEFORE = "before pseudo-labels"
 
 
 def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, export=True, warm_up_folder=None):
@@ -74,7 +79,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         train_rows = cut_recordings(_rows(recipe, train_rows, recipe.train_split, recipe.max_train_rows), entries)
         kept_rows = train_rows
         if recipe.holdout:
-            kept_rows, held_out = hold_out(train_rows, recipe.task, recipe.holdout)
+            kept_rows, held_out = hold_out(train_rows, recipe.task, recipe.holdout, recipe.holdout_by)
             choosing_dataset = RowDataset(held_out, recipe.task, contexts=contexts)
             if measured_on_held_out:
                 eval_dataset = choosing_dataset
@@ -116,6 +121,10 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         checkpoint,
         write,
     )
+    before = {}
+    if recipe.pseudo_labels:
+        before[_BEFORE] = score(trainer, task, datasets["evaluation"], processor)[0]
+        trainer = _second_stage(recipe, trainer, processor, task, datasets, training, output, write)
     if getattr(task, "several", False) and recipe.holdout:
         # Of several labels each holds from where its F1 is highest on rows that nothing is reported of.
         outputs = trainer.predict(datasets["choosing"]).predictions
@@ -126,6 +135,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         if recipe.compare
         else {}
     )
+    baselines |= before
     broken = trainer.broken_samples
     if broken:
         write(f"{len(broken)} broken samples were left out: {'; '.join(broken.values())}")
@@ -193,6 +203,18 @@ def _number(dataset):
     return f"{len(dataset):,}" if has_length(dataset) else "uncounted"
 
 
+def _second_stage(recipe, trainer, processor, task, datasets, training, output, write):
+    """The trainer of a new model, trained on the labels of points that the model of `trainer` is sure of."""
+    dataset = pseudo_labelled(trainer.model, processor, task, datasets["training"])
+    write(labels_table(dataset, datasets["training"], task))
+    stage, folder = second_stage(recipe), output / "checkpoints" / "pseudo_labels"
+    set_seed(recipe.seed)
+    model, _ = build(stage, task, [dataset])
+    training = {**training, **stage.training}
+    checkpoint, _ = last_whole_checkpoint(folder)
+    return fit(model, processor, task, dataset, datasets["choosing"], training, folder, stage, checkpoint, write)
+
+
 def _compare(recipe, train_rows, eval_rows, output, write):
     """{variant: metrics} of what a recipe is compared with, trained on the same rows."""
     from .ablate import train_variant, variants_of
@@ -202,7 +224,10 @@ def _compare(recipe, train_rows, eval_rows, output, write):
         if name != "full":
             write(f"{recipe.name}: training {name} to compare with.")
             place = output / "checkpoints" / "compare"
-            found[name] = train_variant(run, place, name, train_rows, eval_rows)["metrics"]
+            result = train_variant(run, place, name, train_rows, eval_rows)
+            found[name] = result["metrics"]
+            before = result["baselines"].get(_BEFORE)
+            found |= {} if before is None else {f"{name}, {_BEFORE}": before}
     return found
 
 
