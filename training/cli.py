@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_export, cli_hub, cli_study
+from . import cli_export, cli_hub, cli_scale, cli_study
 from .console import JSON, MODEL, arrays, load_model, note, one_line, print_json, print_table, quiet
 from .processes import FailedElsewhere, is_main
 
@@ -314,6 +314,7 @@ def search(
 app.add_typer(cli_hub.app)
 app.add_typer(cli_export.app)
 app.add_typer(cli_study.app)
+app.add_typer(cli_scale.app)
 
 
 def main():
