@@ -427,7 +427,8 @@ class CrossModalModel(CrossModalPreTrainedModel):
 
     def presence_of(self, inputs, modality_mask=None):
         """(B,M) bool: the modalities that each row has, of the inputs of a forward and `modality_mask`; before modality dropout."""
-        return self._presence(self._collect_inputs(inputs), modality_mask)
+        given = {key: value for key, value in inputs.items() if value is not None}
+        return self._presence(self._collect_inputs(given), modality_mask)
 
     def _presence(self, collected, modality_mask):
         names = self.config.modality_names

@@ -258,3 +258,12 @@ def test_every_part_of_adaptive_weighting_survives_a_save(tmp_path):
     assert_same_output(loaded(**batch), model(**batch), EXACT)
     loaded.resize_answers({0: "yes", 1: "no"})
     assert loaded(**batch).auxiliary_logits.shape == (4, 2, 2)
+
+
+def test_a_model_without_text_is_told_what_the_rows_of_a_step_count():
+    model = CrossModalForVQA(
+        zoo.tiny_config("vision", "eeg", auxiliary_loss_weight=0.3, hidden_dropout=0.0, classifier_dropout=0.0)
+    )
+    batch = zoo.tiny_batch(model.config) | {"labels": torch.tensor([0, 1, 2, 3])}
+    alone = model(**batch).loss
+    torch.testing.assert_close(model(**batch, num_items_in_batch=model.count_items(**batch)).loss, alone)
