@@ -192,7 +192,8 @@ class StreamedRows(SampleReader):
         import datasets
 
         placed = islice(self.sampler(seed), number)
-        return RowDataset(datasets.Dataset.from_list([row for _, (_, row), _ in placed]), self.task)
+        rows = datasets.Dataset.from_list([row for _, (_, row), _ in placed])
+        return RowDataset(rows, self.task, skip_broken=self.skip_broken)
 
     def length_of(self, row):
         """See `SampleReader._length`; of a row with several texts, of the first."""

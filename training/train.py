@@ -100,7 +100,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     )
     datasets = {"training": train_dataset, "choosing": choosing_dataset, "evaluation": eval_dataset}
     datasets = with_cached_tokens(recipe, model, processor, datasets, write)
-    if checkpoint is None and not recipe.warm_up:
+    if checkpoint is None and not recipe.warm_up and model.config.pooled_features:
         seen = train_dataset.first(STATISTICS_ROWS, recipe.seed) if streams else datasets["training"]
         take_statistics(model, processor, seen)
     training = {**DEFAULTS, "metric_for_best_model": task.main_metric, "hub_model_id": output.name}

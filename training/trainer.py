@@ -198,13 +198,15 @@ class CrossModalTrainer(Trainer):
             super()._load_best_model()
 
     def _load_weights(self, checkpoint):
-        """Loads all weights of a model of the family as `from_pretrained` does. Returns whether it is one, and lies here in one piece.
+        """Loads all weights of a model of the family as `from_pretrained` does. Returns whether it is one, whole and without adapters.
 
         Trainer looks for the names that weights have in memory, and passes over those that are called otherwise in files: the attention of
         ViT among them.
         """
         model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, CrossModalPreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        adapted = getattr(model, "_hf_peft_config_loaded", False)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not isinstance(model, CrossModalPreTrainedModel) or adapted or sharded:
             return False
         config = copy.deepcopy(model.config)
         stored, found = type(model).from_pretrained(checkpoint, config=config, output_loading_info=True)
@@ -235,6 +237,9 @@ class CrossModalTrainer(Trainer):
 
     def _gather_broken_samples(self):
         self.broken_samples.update(gather_object(list(self.broken_samples.items())))
+        self._check_broken_samples()
+
+    def _check_broken_samples(self):
         if self.max_broken_samples < len(self.broken_samples):
             first = list(self.broken_samples.values())[:3]
             raise BrokenSample(
@@ -337,6 +342,7 @@ class CrossModalTrainer(Trainer):
         self._rows = [] if rows is None else rows.tolist()
         if broken := inputs.pop("broken_samples", None) if hasattr(inputs, "pop") else None:
             self.broken_samples.update(broken)
+            self._check_broken_samples()
         return super()._prepare_inputs(inputs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
