@@ -21,6 +21,7 @@ from .card_crossmodal import UNFILLED, plain_card
 from .composing_crossmodal import load_encoder
 from .configuration_crossmodal import CrossModalConfig, nearest_first
 from .contrastive_crossmodal import is_distributed
+from .editing_crossmodal import edit_modalities
 from .encoders_crossmodal import (
     ENCODERS,
     CustomEncoderConfig,
@@ -262,6 +263,33 @@ class CrossModalPreTrainedModel(PreTrainedModel):
     def config_fields():
         """Arguments of `from_encoders` that are no modality."""
         return {*CrossModalConfig.__dataclass_fields__, "num_labels", "num_hidden_layers", "attn_implementation"}
+
+    def with_modalities(self, add=None, drop=(), swap=None, **overrides):
+        """This model with other modalities or encoders, and every weight that still fits. The model itself stays as it is.
+
+        Weights are found by the names of modalities, also those in rows by modality. A modality that is added, or whose encoder is
+        swapped for one of another type or size, begins anew where it meets the fusion: train it (`freeze` the rest to train it alone).
+
+        Args:
+            add: {new modality: its encoder}. swap: {modality: another encoder}. Encoders as in `from_encoders`.
+            drop: modalities to leave out.
+            overrides: fields of the config that change with them, such as `fusion_type` where one modality is left.
+
+        Returns:
+            the new model, and an EditReport of the weights that were loaded, are new, and were left behind. It needs a processor of its
+            own: `CrossModalProcessor.from_encoders(model.config, ...)`.
+
+            The outputs are those of this model on rows that lack what was dropped or added, but with `missing_tokens` (what is missing
+            has a token) and with `fusion_type="interlaced"` (whose layers are dealt out among the modalities).
+
+        Raises:
+            ValueError: for a name that is no modality, or is one already, and for what the config or the head cannot be without.
+
+        Example:
+            >>> model, report = model.with_modalities(add={"audio": "openai/whisper-tiny"}, drop=["eeg"])
+            >>> print(report)
+        """
+        return edit_modalities(self, add, drop, swap, **overrides)
 
     @classmethod
     def from_encoders(cls, *, freeze=(), **named):
