@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from .adapters_crossmodal import check_adapter
 from .card_crossmodal import UNFILLED, plain_card
 from .composing_crossmodal import load_encoder
 from .configuration_crossmodal import CrossModalConfig, nearest_first
@@ -255,9 +256,24 @@ class CrossModalPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        # Loading replaces parameters by new ones, all of which require a gradient.
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._apply_freezing()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Loading replaces parameters by new ones, all of which require a gradient. With an adapter peft has the say.
+        if not model._hf_peft_config_loaded:
+            model._apply_freezing()
         return loaded
+
+    def load_adapter(self, peft_model_id=None, *args, adapter_kwargs=None, **kwargs):
+        """transformers' own, for an adapter that was made for this model.
+
+        Raises:
+            ValueError: if it was made for another one.
+        """
+        if peft_model_id is not None:
+            known = ("token", "revision", "cache_dir", "local_files_only", "subfolder")
+            given = {**getattr(kwargs.get("load_config"), "download_kwargs", {}), **(adapter_kwargs or {}), **kwargs}
+            download = {key: value for key, value in given.items() if key in known and value is not None}
+            check_adapter(self, peft_model_id, **download)
+        return super().load_adapter(peft_model_id, *args, adapter_kwargs=adapter_kwargs, **kwargs)
 
     @staticmethod
     def config_fields():
@@ -400,7 +416,8 @@ class CrossModalModel(CrossModalPreTrainedModel):
         for name, encoder in self.encoders.items():
             frozen = name in self.config.frozen_modalities
             for parameter in encoder.parameters():
-                parameter.requires_grad_(not frozen)
+                # Weights of four bits are whole numbers.
+                parameter.requires_grad_(not frozen and parameter.is_floating_point())
             if isinstance(encoder, PreTrainedModel):
                 freeze_untrained(encoder)
             if frozen:

@@ -50,6 +50,10 @@ def variants_of(recipe, chosen=None):
     Raises:
         ValueError: for a name that there is not.
     """
+    if recipe.model.get("checkpoint"):
+        raise ValueError(
+            f"model.checkpoint={recipe.model['checkpoint']!r} is trained as it is: variants would have other weights. Give model.encoders."
+        )
     encoders, config = encoders_and_config(recipe)
     also = [key for name in chosen or () for key in re.findall(r"(\w+)=", name)]
     own = recipe.variants
@@ -121,7 +125,9 @@ def _with_only(recipe, encoders, config, name):
     rates = {key: rate for key, rate in recipe.learning_rates.items() if key in (name, "fusion", "head")}
     # What a training encoder makes of its inputs cannot be kept.
     cache = recipe.token_cache if model["freeze"] else None
-    return replace(recipe, model=model, warm_up=stages, learning_rates=rates, token_cache=cache)
+    # Of low-rank updates that reach another modality nothing is left.
+    lora = recipe.lora if recipe.lora and recipe.lora["preset"] in (name, "all", "all-linear") else None
+    return replace(recipe, model=model, warm_up=stages, learning_rates=rates, token_cache=cache, lora=lora)
 
 
 def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missing_rate=None):

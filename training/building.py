@@ -21,7 +21,7 @@ from ..modeling.configuration_crossmodal import _as_config
 from ..modeling.mmvit_crossmodal import MMViTConfig, MMViTEncoder
 from ..processing.chat_crossmodal import CHAT_TEMPLATE, is_conversation, render
 from ..processing.processing_crossmodal import CrossModalProcessor
-from .console import one_line
+from .console import load_config, load_model, one_line
 
 
 def train_tokenizer(texts, vocab_size=2000):
@@ -70,6 +70,9 @@ def _plain(text):
 def encoders_and_config(recipe):
     """({modality: {"model": Hub id, folder or config as a dict, ...}}, fields of CrossModalConfig) of a recipe."""
     encoders, config = recipe.model.get("encoders"), dict(recipe.model.get("config") or {})
+    if recipe.model.get("checkpoint"):
+        settings = load_config(recipe.model["checkpoint"]).modality_settings
+        return {name: {"model": None, **own} for name, own in settings.items()}, config
     if recipe.model.get("preset"):
         preset = load_preset(recipe.model["preset"])
         encoders, config = preset.pop("modalities"), preset | config
@@ -87,6 +90,8 @@ def encoders_and_config(recipe):
 def build(recipe, task, datasets):
     """(model, processor) of a recipe. `task` says the labels; a tokenizer may be trained on the texts of `datasets`."""
     encoders, options = encoders_and_config(recipe)
+    if recipe.model.get("checkpoint"):
+        return _trained(recipe, task, options, datasets)
     wanted, own = options.get("problem_type"), task.answers.get("problem_type")
     if wanted and own and wanted != own:
         raise ValueError(
@@ -132,6 +137,23 @@ def _from_image_weights(name, folder, config):
     if not found:
         raise ValueError(f"{where} holds a model without an encoder of model_type {MMViTConfig.model_type!r}.")
     return MMViTEncoder.from_image_weights(found[0], config)
+
+
+def _trained(recipe, task, options, datasets):
+    """(model, processor) of `model.checkpoint`, with the labels of the task."""
+    source, class_weights = recipe.model["checkpoint"], options.pop("class_weights", None)
+    model, processor = load_model(source, task.model_class, **options)
+    if model._hf_peft_config_loaded:
+        raise ValueError(
+            f"model.checkpoint={source!r} holds an adapter. Give the merged model: the folder in which it lies."
+        )
+    if task.answers:
+        model.resize_answers(**task.answers)
+    if class_weights == "balanced":
+        class_weights = task.class_weights(datasets[0].targets)
+    model.config.class_weights = class_weights
+    model.freeze(*recipe.model.get("freeze") or ())
+    return model, processor
 
 
 def _decoder(recipe, tokenizer):

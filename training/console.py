@@ -29,24 +29,25 @@ def arrays(given, option):
     return found
 
 
-def load_model(source, wanted=None):
-    """A head of the family (`wanted`, or any) and its processor, from a folder or the Hub."""
+def load_config(source, wanted=None):
+    """The config of a head of the family (`wanted`, or any), from a folder or the Hub, or of the base of an adapter that lies there."""
     from transformers import AutoConfig
 
     import crossmodal
 
-    from ..processing.processing_crossmodal import CrossModalProcessor
     from .hub import hub_errors
 
-    path = Path(source)
+    path, base = Path(source), source
     if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"{source!r} is no model: it has no config.json. Give the folder of a finished model.")
+        if not (path / "adapter_config.json").is_file():
+            raise ValueError(f"{source!r} is no model: it has no config.json. Give the folder of a finished model.")
+        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
     try:
-        with hub_errors(source):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with hub_errors(base):
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
-            f"the model {source!r} is neither a folder here nor a repo that the Hub hands out. Correct the name."
+            f"the model {base!r} is neither a folder here nor a repo that the Hub hands out. Correct the name."
         ) from error
     head = (getattr(config, "architectures", None) or ["?"])[0]
     if config.model_type != "crossmodal" or head not in crossmodal.HEADS:
@@ -55,8 +56,20 @@ def load_model(source, wanted=None):
         )
     if wanted is not None and head != wanted:
         raise ValueError(f"{source!r} holds a {head}. Expected a {wanted}.")
-    model = getattr(crossmodal, head).from_pretrained(source)
-    return model, CrossModalProcessor.from_pretrained(source)
+    return config
+
+
+def load_model(source, wanted=None, **options):
+    """A head of the family (`wanted`, or any) and its processor, from a folder or the Hub; options: of `from_pretrained`."""
+    import crossmodal
+
+    from ..processing.processing_crossmodal import CrossModalProcessor
+
+    config = load_config(source, wanted)
+    model = getattr(crossmodal, config.architectures[0]).from_pretrained(source, **options)
+    # An adapter alone has no processor of its own.
+    alone = not Path(source, "config.json").exists() and Path(source, "adapter_config.json").exists()
+    return model, CrossModalProcessor.from_pretrained(config._name_or_path if alone else source)
 
 
 def print_table(title, rows):

@@ -23,7 +23,7 @@ def remove_unfinished(folder, write=print):
         write(f"{folder}: an export was cut off here. What it had written is removed.")
 
 
-def export_folder(model, processor, folder, recipe=None, result=None, pictures=None):
+def export_folder(model, processor, folder, recipe=None, result=None, pictures=None, adapter=None):
     """Writes a Hub repo that loads anywhere with `trust_remote_code=True`.
 
     Everything is written aside first and then moved, `config.json` last: a folder without it is no model, so that no
@@ -33,6 +33,7 @@ def export_folder(model, processor, folder, recipe=None, result=None, pictures=N
         model: a head of the family. processor: CrossModalProcessor.
         recipe, result: what `train` was given and returned, for the card.
         pictures: {file name: what draws it into a path}, which the card shows.
+        adapter: folder that `save_adapter` wrote; becomes `adapter/`.
     """
     folder = Path(folder)
     aside = folder / _UNFINISHED
@@ -51,6 +52,9 @@ def export_folder(model, processor, folder, recipe=None, result=None, pictures=N
         arguments = [processor.argument_of(name) for name in processor.modality_names]
         model_card(model, recipe, result, arguments, list(pictures or ())).save(aside / "README.md")
         shutil.copyfile(LICENSE, aside / "LICENSE")
+        if adapter is not None:
+            shutil.rmtree(folder / "adapter", ignore_errors=True)
+            os.replace(adapter, aside / "adapter")
         (folder / "config.json").unlink(missing_ok=True)
         for path in sorted(aside.iterdir(), key=lambda p: p.name == "config.json"):
             os.replace(path, folder / path.name)

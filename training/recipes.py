@@ -46,9 +46,10 @@ class Recipe:
         labels: of a stream, all answers or labels that there are; None: they are read from the rows beforehand.
         max_broken_samples: training samples that cannot be read (an image that does not decode, a missing file, NaN) and are left out;
             one more ends training.
-        model: `preset` or `encoders` (modality to Hub id, folder, or config with `model_type`, or
+        model: `preset`, or `encoders` (modality to Hub id, folder, or config with `model_type`, or
             `{model: ..., levels: ..., context: ...}`; `image_weights` of a `crossmodal_mmvit` of sound: the folder of a model whose
-            encoder of images it begins as), `config` (fields of CrossModalConfig; `class_weights: balanced` counts
+            encoder of images it begins as), or `checkpoint` (Hub id or folder of a trained model, which is trained on, with its
+            processor and answers that it shares), `config` (fields of CrossModalConfig; `class_weights: balanced` counts
             the labels), `freeze`, and `decoder` of tasks that write
             (fields of TextDecoderConfig, or the Hub id or folder of a causal model).
         processor: `image_size` [height, width] for encoders without an image processor of their own; `tokenizer`: a Hub
@@ -57,6 +58,10 @@ class Recipe:
         token_cache: true keeps the tokens of frozen encoders with the checkpoints of the run, where they are computed once;
             a folder shares them between runs.
         learning_rates: per modality encoder, `fusion` and `head`; others take `training.learning_rate`.
+        lora: adapt by low-rank updates (lora.py): a preset (`text` or another modality, `fusion`, `decoder`, `all`, `all-linear`), or
+            `{preset: ..., r: 8, alpha: 16, dropout: 0.0, bits: 4}` (`bits`: QLoRA). Encoders that it does not reach are frozen; fusion
+            and head are trained in full unless they come from `model.checkpoint`. The folder of the run holds the whole model,
+            merged, and in `adapter/` the adapter.
         training: arguments of transformers' TrainingArguments.
         gradient_cache: of retrieval, rows that are encoded at a time: the contrast is over the whole batch all the same,
             with the activations of so many rows in memory. None: the whole batch at once.
@@ -94,6 +99,7 @@ class Recipe:
     processor: dict = field(default_factory=dict)
     token_cache: str | bool | None = None
     learning_rates: dict = field(default_factory=dict)
+    lora: str | dict | None = None
     training: dict = field(default_factory=dict)
     early_stopping_patience: int | None = None
     gradient_cache: int | None = None
@@ -105,9 +111,10 @@ class Recipe:
     name: str = ""
 
     _SECTIONS = {
-        "model": ("preset", "encoders", "config", "freeze", "decoder"),
+        "model": ("preset", "encoders", "checkpoint", "config", "freeze", "decoder"),
         "processor": ("image_size", "tokenizer", "vocab_size", "audio", "eeg"),
         "pseudo_labels": ("config", "training"),
+        "lora": ("preset", "r", "alpha", "dropout", "bits"),
     }
     _STAGE = (
         "task",
@@ -133,8 +140,10 @@ class Recipe:
     def __post_init__(self):
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} is unknown. Expected one of {nearest(self.task, TASKS)}.")
+        if isinstance(self.lora, str):
+            self.lora = {"preset": self.lora}
         for section, keys in self._SECTIONS.items():
-            for key in getattr(self, section):
+            for key in getattr(self, section) or ():
                 if key not in keys:
                     raise ValueError(f"{section}.{key} is no key of a recipe. Expected one of {nearest(key, keys)}.")
         if not isinstance(self.holdout, int | float) or not 0 <= self.holdout < 1:
@@ -160,12 +169,34 @@ class Recipe:
                     f"variants: {name!r} is {changes!r}. Expected keys and their values, such as mixing.mixup: 0.0."
                 )
         self._check_stream()
-        if bool(self.model.get("preset")) == bool(self.model.get("encoders")):
-            raise ValueError("model: give either `preset` or `encoders`, one of the two.")
+        if sum(bool(self.model.get(key)) for key in ("preset", "encoders", "checkpoint")) != 1:
+            raise ValueError("model: give either `preset`, `encoders` or `checkpoint`, one of them.")
+        if self.lora and not self.lora.get("preset"):
+            raise ValueError(f"lora={self.lora} lacks its preset. Give one, for example lora=text.")
+        if self.lora and self.pseudo_labels:
+            raise ValueError(
+                "pseudo_labels train a second stage on the first one's weights, which lora keeps apart. Leave one out."
+            )
+        if self.model.get("checkpoint"):
+            self._check_start()
+            return self._check_training()
         names = list(self.model.get("encoders") or load_preset(self.model["preset"])["modalities"])
         _check_names("model.freeze", self.model.get("freeze"), names)
         for stage in self.warm_up:
             self._check_stage(stage, names)
+        self._check_training()
+
+    def _check_start(self):
+        """Whether nothing is said that a model which is trained already has settled."""
+        settled = ["model.decoder"] if self.model.get("decoder") else []
+        settled += [key for key in ("processor", "warm_up", "compare") if getattr(self, key)]
+        if settled:
+            raise ValueError(
+                f"{settled[0]} goes with a model that is composed, and model.checkpoint={self.model['checkpoint']!r} is trained. Leave out "
+                "one of them."
+            )
+
+    def _check_training(self):
         allowed = _training_keys()
         stages = (*self.warm_up, self.pseudo_labels)
         for key in (key for part in (self.training, *(s.get("training", {}) for s in stages)) for key in part):
@@ -227,6 +258,11 @@ class Recipe:
         """
         values = load_recipe(name)
         known = {f.name for f in fields(cls)}
+        if any(override.startswith("model.checkpoint=") for override in overrides):
+            # What the file says of a model to compose, that model has settled.
+            values = {
+                key: value for key, value in values.items() if key not in ("model", "processor", "warm_up", "compare")
+            }
         for override in overrides:
             key, separator, text = override.partition("=")
             if not separator:

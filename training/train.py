@@ -12,8 +12,10 @@ from transformers.trainer_utils import has_length
 
 from .building import build, encoders_and_config
 from .checkpoints import last_whole_checkpoint, write_whole
+from .console import load_config
 from .datasets import BrokenSample, RowDataset, contexts_of, cut_recordings, hold_out, load_rows, some_of
 from .hub import publish
+from .lora import add_lora, describe, merged, save_adapter
 from .plots import learning_curves_plot
 from .points import labels_table, pseudo_labelled, second_stage
 from .processes import begin, is_main, on_main
@@ -92,17 +94,22 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         model, processor = warm_up(recipe, task, train_dataset, stages, write, warm_up_folder)
     else:
         model, processor = build(recipe, task, [train_dataset])
+    whole, total = model, sum(p.numel() for p in model.parameters())
+    if recipe.lora:
+        model = add_lora(model, fresh=not recipe.model.get("checkpoint"), **recipe.lora)
+        write(f"{recipe.name}: {describe(model)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
     write(
         f"{recipe.name}: {_number(train_dataset)} training and {len(eval_dataset):,} evaluation rows, "
         f"{task.describe()}; {trainable:,} of {total:,} parameters are trained."
     )
     datasets = {"training": train_dataset, "choosing": choosing_dataset, "evaluation": eval_dataset}
-    datasets = with_cached_tokens(recipe, model, processor, datasets, write)
-    if checkpoint is None and not recipe.warm_up and model.config.pooled_features:
+    plain = model.get_base_model() if recipe.lora else model
+    datasets = with_cached_tokens(recipe, plain, processor, datasets, write)
+    starts = checkpoint is None and not (recipe.warm_up or recipe.model.get("checkpoint"))
+    if starts and model.config.pooled_features:
         seen = train_dataset.first(STATISTICS_ROWS, recipe.seed) if streams else datasets["training"]
-        take_statistics(model, processor, seen)
+        take_statistics(plain, processor, seen)
     training = {**DEFAULTS, "metric_for_best_model": task.main_metric, "hub_model_id": output.name}
     if not has_length(train_dataset):
         training |= steps_instead_of_epochs(recipe.training["max_steps"])
@@ -129,6 +136,10 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         # Of several labels each holds from where its F1 is highest on rows that nothing is reported of.
         outputs = trainer.predict(datasets["choosing"]).predictions
         trainer.model.config.thresholds = task.tune(outputs, choosing_dataset.targets)
+    adapter = output / "checkpoints" / "adapter" if recipe.lora and export else None
+    if recipe.lora:
+        # In four bits the model that was trained is a copy.
+        _merge(recipe, trainer, processor, whole if recipe.lora.get("bits") else None, adapter)
     metrics, outputs = score(trainer, task, datasets["evaluation"], processor)
     baselines = (
         _compare(recipe, train_rows, None if measured_on_held_out else eval_rows, output, write)
@@ -165,10 +176,21 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     if export and trainer.is_world_process_zero():
         pictures = {"learning_curves.png": partial(learning_curves_plot, trainer.state.log_history, task)}
         pictures |= task.pictures(outputs, eval_dataset.targets)
-        export_folder(trainer.model, processor, output, recipe=recipe, result=result, pictures=pictures)
+        export_folder(trainer.model, processor, output, recipe, result, pictures, adapter)
         if training["push_to_hub"]:
             write(f"published: {publish(output, trainer.hub_model_id)['url']}")
     return result | {"model": trainer.model, "processor": processor, "log": trainer.state.log_history}
+
+
+def _merge(recipe, trainer, processor, base, folder):
+    """Puts a trainer's adapter into the weights of its model, written by itself into `folder` before, if there is one."""
+    if folder is not None and trainer.is_world_process_zero():
+        source = recipe.model.get("checkpoint")
+        on_hub = source is not None and not Path(source).exists()
+        # With other labels it is no adapter for the model on the Hub any more.
+        alike = on_hub and load_config(source).id2label == trainer.model.config.id2label
+        save_adapter(trainer.model, folder, source if alike else None, processor, base)
+    trainer.model = trainer.model_wrapped = merged(trainer.model, base)
 
 
 def _stream(recipe, rows, contexts, skip):

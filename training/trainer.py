@@ -557,7 +557,7 @@ def beginnings(words, labels, pad):
 def component_of(parameter_name):
     """The component a parameter belongs to: a modality name, `fusion` or `head`."""
     parts = parameter_name.split(".")
-    if "encoders" in parts:
+    if "encoders" in parts[:-1]:
         return parts[parts.index("encoders") + 1]
     return "fusion" if "crossmodal" in parts else "head"
 
