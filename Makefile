@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint format clean
+# The two ends of the range of transformers that pyproject.toml states, and what is tested at each.
+RANGE := 5.20.0 5.24.0
+CORE := $(addprefix tests/test_,configuration.py modeling.py processing.py pipeline.py classification.py releases.py editing.py lora.py)
+
+.PHONY: help setup demo test test-all test-range lint format clean
 
 help:
 	@echo "make demo      train on a drawn world, compare with baselines, write a Hub folder and a picture"
 	@echo "make test      the test suite, without network"
 	@echo "make test-all  also what is slow"
+	@echo "make test-range  the core of it at both ends of the range of transformers, each in an environment of its own"
 	@echo "make lint      ruff"
 
 setup: $(READY)
@@ -28,6 +33,15 @@ test: $(READY)
 
 test-all: $(READY)
 	$(VENV)/bin/python -m pytest -q
+
+# One end alone: make test-range RANGE=5.20.0
+test-range: $(addprefix test-transformers-,$(RANGE))
+
+test-transformers-%:
+	test -x $(VENV)/range/$*/bin/python || $(PYTHON) -m venv $(VENV)/range/$*
+	sed 's/^transformers==.*/transformers==$*/' constraints.txt > $(VENV)/range/$*/constraints.txt
+	$(VENV)/range/$*/bin/pip install --quiet --disable-pip-version-check -c $(VENV)/range/$*/constraints.txt -e '.[dev,demo,audio]'
+	$(VENV)/range/$*/bin/python -m pytest -q -m 'not slow' $(CORE)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

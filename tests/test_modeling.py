@@ -290,7 +290,7 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient():
     config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.0
     plain = CrossModalForVQA(config).train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.activation_checkpointing_enable()
+    checkpointed.gradient_checkpointing_enable()
     assert any(getattr(m, "gradient_checkpointing", False) for m in checkpointed.crossmodal.fusion.modules())
     batch, labels = zoo.tiny_batch(config), torch.tensor([0, 1, 2, 3])
     losses = [model(**batch, labels=labels).loss for model in (plain, checkpointed)]
@@ -305,7 +305,7 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient():
 def test_reentrant_checkpointing_which_would_lose_gradients_is_refused():
     model = CrossModalForVQA(zoo.tiny_config())
     with pytest.raises(ValueError, match="use_reentrant"):
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
 @fusion_types
