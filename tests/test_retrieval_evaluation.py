@@ -23,6 +23,7 @@ from crossmodal.training.retrieval import (
     score_directions,
     score_embeddings,
 )
+from crossmodal.training.statistics import standardised_shortcuts
 from crossmodal.training.train import train
 from hypothesis import given
 from hypothesis import strategies as st
@@ -273,3 +274,12 @@ print(json.dumps([hits, len(back), sorted(back[0]), said]))
         assert [hit["similarity"] for hit in found] == pytest.approx(similarity[order].tolist(), abs=1e-4)
     assert count == 1 and keys == ["candidate", "index", "score", "similarity"]
     assert "exactly one of" in said
+
+
+def test_a_run_standardises_what_embeddings_see_of_frozen_encoders(tmp_path):
+    run = recipe(tmp_path / "m")
+    run.model["freeze"], run.training["num_train_epochs"] = ["vision"], 1
+    rows = pair_rows(12)
+    model = train(run, rows, rows.select(range(6)), write=lambda line: None, export=False)["model"]
+    shortcuts = standardised_shortcuts(model)
+    assert list(shortcuts) == ["vision"] and any(norm.shift.abs().sum() > 0 for norm in shortcuts["vision"].norms)

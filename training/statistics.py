@@ -12,17 +12,23 @@ from .datasets import read_samples
 MOST_ROWS = 20_000
 
 
+def standardised_shortcuts(model):
+    """{modality: PooledShortcut} of the frozen encoders that a head looks at past the fusion."""
+    shortcuts = {}
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[0].rpartition(".")[2] if path.endswith(".shortcut") else path.rpartition(".")[2]
+        if isinstance(module, PooledShortcut) and name in model.config.frozen_modalities:
+            shortcuts[name] = module
+    return shortcuts
+
+
 @torch.no_grad()
 def take_statistics(model, processor, dataset, batch_size=128, progress=True):
     """Standardises the pooled features of every frozen encoder that a model has a shortcut from, over the rows of a dataset.
 
     Returns the names of those modalities.
     """
-    shortcuts = {}
-    for path, module in model.named_modules():
-        name = path.rpartition(".")[0].rpartition(".")[2] if path.endswith(".shortcut") else path.rpartition(".")[2]
-        if isinstance(module, PooledShortcut) and name in model.config.frozen_modalities:
-            shortcuts[name] = module
+    shortcuts = standardised_shortcuts(model)
     if not shortcuts:
         return []
     base, collate = model.base_model, SampleCollator(processor, deduplicate=False)

@@ -21,7 +21,7 @@ from .points import labels_table, pseudo_labelled, second_stage
 from .processes import begin, is_main, on_main
 from .publish import export_folder, remove_unfinished
 from .recipes import Recipe
-from .statistics import take_statistics
+from .statistics import standardised_shortcuts, take_statistics
 from .streaming import STATISTICS_ROWS, StreamedRows, read_whole, steps_instead_of_epochs
 from .task import OpenTask
 from .tasks import TASKS
@@ -107,7 +107,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     plain = model.get_base_model() if recipe.lora else model
     datasets = with_cached_tokens(recipe, plain, processor, datasets, write)
     starts = checkpoint is None and not (recipe.warm_up or recipe.model.get("checkpoint"))
-    if starts and model.config.pooled_features:
+    if starts and standardised_shortcuts(plain):
         seen = train_dataset.first(STATISTICS_ROWS, recipe.seed) if streams else datasets["training"]
         take_statistics(plain, processor, seen)
     training = {**DEFAULTS, "metric_for_best_model": task.main_metric, "hub_model_id": output.name}
