@@ -3,7 +3,7 @@ workers that started afresh, draws what it would have drawn."""
 
 import hashlib
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -73,8 +73,10 @@ class Batches(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, drawn):
+        # A sampler of somebody else's gives indices alone: what is drawn then follows from no seed of the place.
+        drawn = [item if isinstance(item, tuple) else (None, item, None) for item in drawn]
         seed, _, spare = drawn[0]
-        with seeded(*seed):
+        with nullcontext() if seed is None else seeded(*seed):
             samples, broken = read_samples(self.dataset, [item for _, item, _ in drawn])
             if not samples and spare is not None:
                 samples = read_samples(self.dataset, [spare])[0]
