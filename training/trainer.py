@@ -114,7 +114,7 @@ class CrossModalTrainer(Trainer):
             "max_steps",
             "num_train_epochs",
         )
-        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        rows = len(self.train_dataset) if has_length(self.train_dataset) else None
         begin(
             model=type(self.model).__name__,
             config={key: value for key, value in self.model.config.to_dict().items() if key != "_name_or_path"},
