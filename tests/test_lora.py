@@ -335,6 +335,7 @@ def test_the_folder_of_a_run_is_the_merged_model_with_its_adapter_in_it(trained)
     batch = processor(images=[picture("red")], text=["what color is this?"])
     torch.testing.assert_close(adapter.eval()(**batch).logits, whole.eval()(**batch).logits, **CLOSE)
     assert adapter.peft_config["default"].target_modules and not hasattr(whole, "peft_config")
+    assert "(LoRA, `text`, merged into the weights)" in (folder / "README.md").read_text()
     # Not the base alone.
     adapter.disable_adapters()
     assert not torch.allclose(adapter(**batch).logits, whole(**batch).logits, **CLOSE)
@@ -398,6 +399,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(tmp_path):
     ("changes", "words"),
     [
         ({"lora": {"r": 4}}, ["lacks its preset", "lora=text"]),
+        ({"lora": "txet"}, ["lora.preset has 'txet'", "['text',"]),
         ({"lora": {"preset": "text", "rank": 4}}, ["lora.rank", "'r'"]),
         ({"model": {"checkpoint": "me/model", "preset": "tiny"}}, ["either", "checkpoint"]),
         (

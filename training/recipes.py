@@ -182,6 +182,9 @@ class Recipe:
             return self._check_training()
         names = list(self.model.get("encoders") or load_preset(self.model["preset"])["modalities"])
         _check_names("model.freeze", self.model.get("freeze"), names)
+        if self.lora:
+            presets = [*names, "fusion", "decoder", "all", "all-linear"]
+            _check_names("lora.preset", [self.lora["preset"]], presets)
         for stage in self.warm_up:
             self._check_stage(stage, names)
         self._check_training()
