@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from crossmodal.modeling.fusion_crossmodal import FUSIONS
+from crossmodal.modeling.pooling_crossmodal import StandardisedNorm
 from crossmodal.training.console import load_model
 from crossmodal.training.lora import add_lora, describe, lora_config, merged, save_adapter, unloaded
 from crossmodal.training.recipes import Recipe
@@ -65,6 +66,10 @@ def disturb(model):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        for path, module in model.named_modules():
+            if isinstance(module, StandardisedNorm) and "modules_to_save" in path:
+                # What is taken from the training rows before.
+                module.shift.add_(0.1)
     return model.eval()
 
 
