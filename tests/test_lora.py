@@ -299,7 +299,10 @@ def test_an_adapter_is_trained_in_four_bits_and_merged_into_whole_weights(tmp_pa
     layer = adapted.get_base_model().crossmodal.encoders["text"].encoder.layer[0].attention.self.query
     assert layer.base_layer.weight.dtype == torch.uint8
     batch = batch_of(model)
-    adapted(**batch).loss.backward()
+    with torch.no_grad():
+        adapted.eval()(**batch)
+    # Behind an evaluation, too.
+    adapted.train()(**batch).loss.backward()
     assert layer.lora_B["default"].weight.grad.abs().sum() > 0
     disturb(adapted)
     save_adapter(adapted, tmp_path, base=model)

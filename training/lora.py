@@ -157,7 +157,12 @@ def _in_four_bits(model, config):
     )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return type(model).from_pretrained(folder, quantization_config=quantisation)
+        copy = type(model).from_pretrained(folder, quantization_config=quantisation)
+    for module in copy.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else the first evaluation on a CPU packs weights in a way that has no gradient.
+            module.support_avx512bf16_for_cpu = False
+    return copy
 
 
 def describe(model):
