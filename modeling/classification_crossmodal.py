@@ -51,7 +51,7 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
             config.custom_pipelines = self.custom_pipelines
         self.crossmodal = CrossModalModel(config, encoders)
         self.main_input_name = self.crossmodal.main_input_name
-        self.classifier = ClassificationHead(config)
+        self.classifier = ClassificationHead(config, evidence=config.unimodal_evidence)
         if config.auxiliary_loss_weight:
             self.auxiliary = AuxiliaryHeads(config)
         self.post_init()
@@ -69,6 +69,7 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         num_items_in_batch=None,
+        unimodal_targets=None,
         **named_inputs,
     ):
         """The inputs of `CrossModalModel`, and labels.
@@ -78,6 +79,8 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
                 several, or (B,) or (B,A) real numbers of a regression.
             num_items_in_batch: what the rows of all accumulation steps and processes count together, the sum of `count_items`, or
                 the number of their labels; the loss is then the part of these rows in the mean over all. None: their own mean.
+            unimodal_targets: (B,M), or (B,M,A), as `labels`: what each modality alone says, where data has labels of that too (a
+                neutral tweet with a happy picture), for `auxiliary_loss_weight`. None: the labels of the rows.
 
         Returns:
             CrossModalClassifierOutput.
@@ -93,24 +96,36 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
             return_dict=True,
             **inputs,
         )
-        logits = self.classifier(outputs.pooler_output)
+        if labels is not None:
+            self._settle_problem_type(labels)
+        auxiliary_logits, auxiliary_losses, evidence = None, None, None
+        if self.config.auxiliary_loss_weight:
+            auxiliary_logits = self.auxiliary(outputs.unimodal_embeddings)
+            if self.config.unimodal_evidence:
+                evidence = self._evidence(auxiliary_logits.detach(), outputs.presence)
+        logits = self.classifier(outputs.pooler_output, evidence)
         loss, share = None, None
         if labels is not None:
             self._check_labels(logits, labels)
+            self._check_unimodal_targets(labels, unimodal_targets)
             options = self._loss_options(logits.device)
             loss = mean_loss(*row_losses(logits, labels, **options))
             if num_items_in_batch is not None:
-                share = self._share_of_step(num_items_in_batch, labels, modality_mask=modality_mask, **inputs)
+                share = self._share_of_step(
+                    num_items_in_batch,
+                    labels,
+                    modality_mask=modality_mask,
+                    unimodal_targets=unimodal_targets,
+                    **inputs,
+                )
                 loss = loss * share[0]
-        auxiliary_logits, auxiliary_losses = None, None
-        if self.config.auxiliary_loss_weight:
-            auxiliary_logits = self.auxiliary(outputs.unimodal_embeddings)
-            if labels is not None:
+            if auxiliary_logits is not None:
                 auxiliary_losses = unimodal_losses(
                     auxiliary_logits,
                     labels,
                     outputs.presence,
                     outputs.modality_log_variances,
+                    unimodal_targets,
                     **options,
                 )
                 if self.training:
@@ -135,7 +150,15 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
         """Loss of each row (B,), and how much it counts (B,), of logits and the inputs of a forward."""
         return row_losses(logits, labels, **self._loss_options(logits.device))
 
-    def count_items(self, labels, modality_mask=None, task_ids=None, **inputs):
+    def _evidence(self, logits, presence):
+        """What the head sees of logits (B,M,C) of each modality alone: log probabilities, 0 of a modality that a row lacks."""
+        if self.config.problem_type == "multi_label_classification":
+            logits = nn.functional.logsigmoid(logits)
+        elif self.config.problem_type != "regression":
+            logits = logits.log_softmax(dim=-1)
+        return logits.masked_fill(~presence[..., None], 0.0)
+
+    def count_items(self, labels, modality_mask=None, task_ids=None, unimodal_targets=None, **inputs):
         """How much the rows of a batch, the inputs of a forward, count in a mean over several batches: (1,), or with
         `auxiliary_loss_weight` (1+M,), those of them that have each modality too."""
         self._settle_problem_type(labels)
@@ -145,6 +168,12 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
             return counts.sum().view(1)
         # Before modality dropout: what it takes out is known only in the forward, and is made up for by the mean of what is left.
         presence = self.crossmodal.presence_of(inputs, modality_mask)
+        if unimodal_targets is not None:
+            given = [
+                row_counts(own, options["problem_type"], options["class_weights"])
+                for own in unimodal_targets.unbind(1)
+            ]
+            return torch.cat([counts.sum().view(1), (torch.stack(given, dim=1) * presence).sum(dim=0)])
         return torch.cat([counts.sum().view(1), counts @ presence.float()])
 
     def _loss_options(self, device):
@@ -165,8 +194,7 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
             self.config.problem_type = many if labels.is_floating_point() else "single_label_classification"
 
     def _check_labels(self, logits, labels):
-        """Settles `config.problem_type`, and refuses labels that do not fit it."""
-        self._settle_problem_type(labels)
+        """Refuses labels that do not fit `config.problem_type`."""
         config, real = self.config, labels.is_floating_point()
         shapes = [logits.shape if real else logits.shape[:1]]
         if config.problem_type == "regression" and logits.shape[1] == 1:
@@ -195,6 +223,16 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
                     f"{logits.shape[1] - 1}, or -100 for a row without a label."
                 )
 
+    def _check_unimodal_targets(self, labels, targets):
+        expected = (len(labels), len(self.config.modality_names), *labels.shape[1:])
+        if targets is not None and (
+            targets.shape != expected or targets.is_floating_point() != labels.is_floating_point()
+        ):
+            raise ValueError(
+                f"unimodal_targets of shape {tuple(targets.shape)} and type {targets.dtype}. Expected {expected}, of the type of the "
+                f"labels, {labels.dtype}: one for each modality, in the order {self.config.modality_names}."
+            )
+
     def resize_answers(self, id2label, problem_type=None):
         """Gives the model another answer vocabulary in place. Answers that it knew keep what was learnt of them.
 
@@ -216,6 +254,14 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
         self.classifier.out_proj = resized(self.classifier.out_proj)
         if self.config.auxiliary_loss_weight:
             self.auxiliary.classifiers = nn.ModuleList(map(resized, self.auxiliary.classifiers))
+        if self.config.unimodal_evidence:
+            for layer in self.classifier.evidence:
+                old, layer.in_features = layer.weight, len(id2label)
+                layer.weight = nn.Parameter(old.new_zeros(old.shape[0], len(id2label)))
+                with torch.no_grad():
+                    for index, label in id2label.items():
+                        if label in known:
+                            layer.weight[:, index] = old[:, known[label]]
         # They were said of the labels before.
         self.config.class_weights = self.config.thresholds = None
         self.config.id2label = dict(id2label)

@@ -331,6 +331,8 @@ class CrossModalConfig(PreTrainedConfig):
             or a dict by name.
         missing_tokens: a learned token stands in for a modality that a row lacks, for the others to look at.
         auxiliary_loss_weight: of the losses of one classifier per modality, each on what it knows alone.
+        unimodal_evidence: classification heads also see what these classifiers say of the row: a late fusion that is learned beside
+            that of features, and which the losses of the head leave the classifiers out of.
         attention_kernel: what computes attention in the fusion (KERNELS of kernels_crossmodal.py): `"exact"`; for long inputs
             `"window"` (each token sees those near its place along a common axis, `attention_window` on each side, and the
             first `attention_global_tokens`), `"linear"` (`num_random_features` positive random features, None: d ln d for
@@ -433,6 +435,7 @@ class CrossModalConfig(PreTrainedConfig):
     modality_dropout: float | int | dict[str, float] = 0.0
     missing_tokens: bool = False
     auxiliary_loss_weight: float | int = 0.0
+    unimodal_evidence: bool = False
     attention_kernel: str = "exact"
     attention_window: int = 64
     attention_global_tokens: int = 0
@@ -799,6 +802,11 @@ class CrossModalConfig(PreTrainedConfig):
             raise ValueError(
                 "modality_weighting='uncertainty' is taught by the losses of each modality alone, and "
                 "auxiliary_loss_weight=0. Give it a weight, for example 0.3, or choose 'adaptive'."
+            )
+        if self.unimodal_evidence and not self.auxiliary_loss_weight:
+            raise ValueError(
+                "unimodal_evidence=True is what classifiers of each modality alone say, and auxiliary_loss_weight=0 leaves them out. Give "
+                "it a weight, for example 0.3."
             )
         if self.voxel_size <= 0 or self.activation_power < 1 or not 0 <= self.pseudo_label_threshold <= 1:
             raise ValueError(

@@ -19,7 +19,7 @@ BY_MODALITY = {
     "weighting.task_bias.weight": 1,
 }
 # Lists of modules with one item per modality, likewise.
-_LISTS = ("auxiliary.norms", "auxiliary.classifiers")
+_LISTS = ("auxiliary.norms", "auxiliary.classifiers", "classifier.evidence")
 
 
 @dataclass

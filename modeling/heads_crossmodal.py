@@ -9,9 +9,12 @@ from torch import nn
 
 
 class ClassificationHead(nn.Module):
-    """LN, linear, GELU, dropout, linear: (B,D) to (B,num_labels), or (B,num_outputs)."""
+    """LN, linear, GELU, dropout, linear: (B,D) to (B,num_labels), or (B,num_outputs).
 
-    def __init__(self, config, num_outputs=None):
+    evidence: the hidden layer also sees what a classifier of each modality alone says, (B,M,C), at the start with weight 0.
+    """
+
+    def __init__(self, config, num_outputs=None, evidence=False):
         super().__init__()
         width = config.classifier_hidden_size or 2 * config.hidden_size
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -19,9 +22,18 @@ class ClassificationHead(nn.Module):
         self.activation = nn.GELU()
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out_proj = nn.Linear(width, num_outputs or config.num_labels)
+        if evidence:
+            self.evidence = nn.ModuleList(
+                [nn.Linear(config.num_labels, width, bias=False) for _ in config.modality_names]
+            )
+            for layer in self.evidence:
+                layer.initial_values = {"weight": 0.0}
 
-    def forward(self, pooled):
-        return self.out_proj(self.dropout(self.activation(self.dense(self.norm(pooled)))))
+    def forward(self, pooled, evidence=None):
+        hidden = self.dense(self.norm(pooled))
+        if evidence is not None:
+            hidden = hidden + sum(layer(part) for layer, part in zip(self.evidence, evidence.unbind(1), strict=True))
+        return self.out_proj(self.dropout(self.activation(hidden)))
 
 
 class AuxiliaryHeads(nn.Module):

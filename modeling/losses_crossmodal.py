@@ -57,19 +57,20 @@ def mean_loss(losses, counts):
 
 
 def unimodal_losses(
-    logits, labels, presence, log_variances=None, problem_type="single_label_classification", **options
+    logits, labels, presence, log_variances=None, targets=None, problem_type="single_label_classification", **options
 ):
     """Loss of each modality's own classifier, mean over the rows that have the modality.
 
     L_m = mean_b CE(logits_bm, label_b); with log variances s, L_m = mean_b [e^{-s_bm} CE(...) + s_bm / 2] (Kendall and
     Gal 2017, arXiv 1703.04977): a modality that errs on a row is better off to say that it is uncertain there.
 
-    logits (B,M,C), labels as in `row_losses`, presence (B,M) bool, log_variances (B,M) or None; options: of `row_losses`. Returns
-    (M,), 0 for a modality that no row has.
+    logits (B,M,C), labels as in `row_losses`, presence (B,M) bool, log_variances (B,M) or None, targets (B,M,...): labels of each
+    modality alone, or None: those of the row; options: of `row_losses`. Returns (M,), 0 for a modality that no row has.
     """
     losses = []
     for index in range(logits.shape[1]):
-        values, counts = row_losses(logits[:, index], labels, problem_type, **options)
+        own = labels if targets is None else targets[:, index]
+        values, counts = row_losses(logits[:, index], own, problem_type, **options)
         if log_variances is not None:
             values = torch.exp(-log_variances[:, index]) * values + log_variances[:, index] / 2 * (counts > 0)
         counts = counts * presence[:, index]

@@ -38,6 +38,7 @@ class Adapter:
         recording, place: row to what it is a part of, and to where in it, for those that have neighbours.
         subject: row to the person it was recorded of.
         points: row to the points of its scene, for the input `points`.
+        unimodal: input to the column that holds its own label, where data has one for each: see `unimodal_targets` of the model.
     """
 
     task: str
@@ -56,6 +57,7 @@ class Adapter:
     place: Callable[[dict], object] | None = None
     subject: Callable[[dict], object] | None = None
     points: Callable[[dict], dict] | None = None
+    unimodal: dict[str, str] | None = None
 
     @property
     def files(self):
@@ -219,7 +221,12 @@ DATASETS = {
         group=lambda row: str(row["identifier"]).rpartition("-")[0] if "identifier" in row else None,
     ),
     "mvsa": _labelled(
-        "image", "text", "label", inputs={"images": "image", "text": "text"}, group=lambda row: row.get("id")
+        "image",
+        "text",
+        "label",
+        inputs={"images": "image", "text": "text"},
+        group=lambda row: row.get("id"),
+        unimodal={"images": "image_label", "text": "text_label"},
     ),
     "mosi": _labelled(
         *_UTTERANCE_COLUMNS,
@@ -761,6 +768,14 @@ class SampleReader(Dataset):
             row if item is None else row | {several: row[several][item], f"{several}_all": row[several]}
         )
 
+    def _targets_of(self, row, target):
+        """What a sample says of its targets: that of the row, and, where there are columns of them, those of its inputs alone."""
+        own = {key: row[column] for key, column in (self.adapter.unimodal or {}).items() if column in row}
+        if not own:
+            return {"target": target}
+        labels = {key: None if value is None else _label(value) for key, value in own.items()}
+        return {"target": target, "unimodal_targets": labels}
+
     def _items_of(self, row):
         """Items of the column `several` that make a sample of their own, or None where there is no list."""
         value = row[self.adapter.several] if self.adapter.several is not None else None
@@ -892,7 +907,7 @@ class RowDataset(SampleReader):
         """A sample without the inputs named in `leave_out`, which are then not decoded either."""
         row = self.rows[self.places[index][0]]
         sample = {key: self._read_at(index, row, key) for key in self.adapter.inputs if key not in leave_out}
-        return self._augmented(sample) | {"target": self.targets[index], "row": index}
+        return self._augmented(sample) | self._targets_of(row, self.targets[index]) | {"row": index}
 
     def lengths(self):
         """Of every sample, by which those of like length are put into one batch."""

@@ -5,6 +5,7 @@ import torch
 from ..modeling.configuration_crossmodal import nearest_first
 
 
+_TARGETS = ("labels", "unimodal_targets")
 _DEFAULTS = {
     "mixup": 0.0,
     "time_cutmix": 0.0,
@@ -63,7 +64,8 @@ class MixingCollator:
         labels = batch.get("labels")
         if not kinds or labels is None or torch.rand(()) >= options["probability"]:
             return batch
-        if not labels.is_floating_point() and (labels < 0).any():
+        targets = [batch[key] for key in _TARGETS if key in batch]
+        if any(not values.is_floating_point() and (values < 0).any() for values in targets):
             return batch
         kind = kinds[int(torch.randint(len(kinds), ()))]
         share = torch.distributions.Beta(options[kind], options[kind]).sample().item()
@@ -136,10 +138,12 @@ class MixingCollator:
         return self._with_labels(batch, partner, sum(kept) / len(kept))
 
     def _with_labels(self, batch, partner, share):
-        labels = batch["labels"]
-        if not labels.is_floating_point():
-            labels = torch.nn.functional.one_hot(labels, self.num_labels).float()
-        batch["labels"] = share * labels + (1 - share) * labels[partner]
+        for key in _TARGETS:
+            if key in batch:
+                labels = batch[key]
+                if not labels.is_floating_point():
+                    labels = torch.nn.functional.one_hot(labels, self.num_labels).float()
+                batch[key] = share * labels + (1 - share) * labels[partner]
         return batch
 
     def _spec_augment(self, values, mask):

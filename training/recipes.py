@@ -70,6 +70,8 @@ class Recipe:
             it does not share; or, with `keep`, only those components (as in `learning_rates`), and others start afresh:
             a stage whose questions say little teaches fusion not to read them. Such a stage may train a model of its
             own: `modalities` (some of those of the run) and `config` (over `model.config`), and may serve another `task`.
+        unimodal_targets: labels of each modality alone, where the data has them, teach the classifiers of
+            `model.config.auxiliary_loss_weight`; false: the labels of the rows do.
         mixing: of classification, arguments of `MixingCollator` (mixing.py): `mixup`, `time_cutmix`, SpecAugment.
         compare: variants of `crossmodal ablate` (such as `concat`) that are trained too, on the same rows, and shown beside.
         variants: of this recipe, by name, for `compare` and `crossmodal ablate`: keys that change, such as `mixing.mixup: 0.0`.
@@ -103,6 +105,7 @@ class Recipe:
     training: dict = field(default_factory=dict)
     early_stopping_patience: int | None = None
     gradient_cache: int | None = None
+    unimodal_targets: bool = True
     mixing: dict = field(default_factory=dict)
     compare: list[str] = field(default_factory=list)
     variants: dict = field(default_factory=dict)

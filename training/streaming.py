@@ -181,7 +181,7 @@ class StreamedRows(SampleReader):
         sample = self._augmented({key: self._read(row, item, key, where) for key in self.adapter.inputs})
         if self.sizes is not None:
             sample["row"] = self._first_of_shards[shard] + number
-        return sample | {"target": self._target(row, item)}
+        return sample | self._targets_of(row, self._target(row, item))
 
     @cached_property
     def _first_of_shards(self):

@@ -620,7 +620,7 @@ def fit(model, processor, task, train_dataset, eval_dataset, training, folder, r
         task.begin(model, processor, train_dataset.targets)
     mixed = None
     if recipe.mixing:
-        own = SampleCollator(processor, task.encode_targets, row_ids=True)
+        own = SampleCollator(processor, task.encode_targets, row_ids=True, unimodal=recipe.unimodal_targets)
         config = model.config
         mixed = MixingCollator(own, processor.modalities, config.num_labels, config.problem_type, **recipe.mixing)
     trainer = CrossModalTrainer(
@@ -628,7 +628,7 @@ def fit(model, processor, task, train_dataset, eval_dataset, training, folder, r
         args=TrainingArguments(output_dir=str(folder), seed=recipe.seed, remove_unused_columns=False, **training),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=SampleCollator(processor, task.encode_targets),
+        data_collator=SampleCollator(processor, task.encode_targets, unimodal=recipe.unimodal_targets),
         processing_class=processor,
         callbacks=callbacks,
         learning_rates=recipe.learning_rates,
