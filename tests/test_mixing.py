@@ -61,6 +61,25 @@ def test_mixup_is_the_same_mixture_of_inputs_and_labels():
         torch.testing.assert_close(shares @ hard, mixed["labels"], atol=1e-4, rtol=0)
 
 
+def test_noise_falls_on_some_rows_of_each_modality_and_on_no_word():
+    batch = audio_batch() | {"input_ids": torch.tensor([[1, 2]] * 4), "attention_mask": torch.ones(4, 2)}
+    collate = mixing(batch, noise=0.5, noise_probability=0.4)
+    touched, patterns = [], set()
+    for _ in range(60):
+        noisy = collate(None)
+        assert torch.equal(noisy["input_ids"], batch["input_ids"]) and torch.equal(noisy["labels"], batch["labels"])
+        apart = {key: (noisy[key] - batch[key]).flatten(1) for key in ("pixel_values", "input_features")}
+        rows = torch.stack([value.abs().amax(dim=1) > 0 for value in apart.values()])
+        touched.append(rows.float().mean())
+        patterns |= {tuple(row) for row in rows.T.tolist()}
+        # The strongest is half the deviation of the values.
+        assert apart["input_features"].std(dim=1).max() < 0.75 * batch["input_features"].std()
+    assert 0.3 < torch.stack(touched).mean() < 0.5
+    assert patterns == {(False, False), (False, True), (True, False), (True, True)}
+    with pytest.raises(ValueError, match="noise_probability=1.5.*from 0 to 1"):
+        mixing(batch, noise_probability=1.5)
+
+
 def test_rows_are_mixed_with_rows_of_the_same_modalities():
     batch = audio_batch() | {"modality_mask": torch.tensor([[True, True], [True, False], [True, True], [True, False]])}
     batch["labels"] = torch.tensor([0, 1, 0, 1])

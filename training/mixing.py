@@ -1,4 +1,5 @@
-"""Rows of a training batch mixed with each other: mixup, CutMix along time, SpecAugment. Options of a collator, off at evaluation."""
+"""Rows of a training batch mixed with each other or with noise: mixup, CutMix along time, SpecAugment. Options of a collator, off at
+evaluation."""
 
 import torch
 
@@ -14,6 +15,8 @@ _DEFAULTS = {
     "time_width": 0.1,
     "frequency_masks": 0,
     "frequency_width": 0.1,
+    "noise": 0.0,
+    "noise_probability": 0.3,
 }
 
 
@@ -31,6 +34,9 @@ class MixingCollator:
         probability: of a batch to be mixed.
         time_masks, time_width, frequency_masks, frequency_width: SpecAugment (Park et al. 2019, arXiv 1904.08779): how many stretches
             of a spectrogram are covered by its mean, each at most this part of it.
+        noise, noise_probability: white noise on each modality of each row (words are left as they are) with this probability, of a
+            strength drawn between 0 and `noise` times the deviation of the modality's values: what weighs modalities learns which of
+            them to rely upon.
 
     Rows are mixed with rows that have the same modalities. Where both are given, each batch is mixed by one of the two.
 
@@ -49,7 +55,7 @@ class MixingCollator:
                 raise ValueError(
                     f"mixing.{key}={value!r}. Expected a {'whole ' if whole else ''}number of at least 0."
                 )
-            if key in ("probability", "time_width", "frequency_width") and value > 1:
+            if key in ("probability", "noise_probability", "time_width", "frequency_width") and value > 1:
                 raise ValueError(f"mixing.{key}={value!r}. Expected a part, from 0 to 1.")
         self.collator, self.modalities = collator, modalities
         self.num_labels, self.problem_type = num_labels, problem_type
@@ -60,6 +66,9 @@ class MixingCollator:
         batch, options = self.collator(samples), self.options
         for key, mask_key in self._signals(batch, ("audio",)):
             batch[key] = self._spec_augment(batch[key], batch.get(mask_key))
+        if options["noise"]:
+            for key, _ in self._signals(batch, None):
+                batch[key] = self._noisy(batch[key])
         kinds = [kind for kind in ("mixup", "time_cutmix") if options[kind]]
         labels = batch.get("labels")
         if not kinds or labels is None or torch.rand(()) >= options["probability"]:
@@ -145,6 +154,14 @@ class MixingCollator:
                     labels = torch.nn.functional.one_hot(labels, self.num_labels).float()
                 batch[key] = share * labels + (1 - share) * labels[partner]
         return batch
+
+    def _noisy(self, values):
+        """Values (B,...) of which some rows have noise added. Words stay as they are."""
+        if not values.is_floating_point():
+            return values
+        rows = (len(values), *[1] * (values.dim() - 1))
+        strength = torch.rand(rows) * (torch.rand(rows) < self.options["noise_probability"])
+        return values + torch.randn_like(values) * strength * self.options["noise"] * values.std()
 
     def _spec_augment(self, values, mask):
         """Spectrograms (B,F,T) or (B,T,F) with stretches of time and bands covered by the mean of each."""
