@@ -17,6 +17,7 @@ from .losses_crossmodal import (
     activation_loss_3d,
     class_contrast_loss,
     point_loss,
+    row_counts,
     smoothness_loss,
     soft_margin_loss,
 )
@@ -26,6 +27,8 @@ from .points_crossmodal import of_points, sample_views, segment_means, voxel_seg
 
 # Logit of a class that is known to be nowhere in a scene: no probability in float32, and finite in float16.
 _NOWHERE = -1e4
+# What the means of the losses are over: scenes, scenes with views, points, points with a label, classes that are contrasted.
+_COUNTED = ("scenes", "viewed", "points", "labelled", "classes")
 
 
 @dataclass
@@ -148,6 +151,7 @@ class CrossModalForPointSegmentation(CrossModalPreTrainedModel):
             "type": "multimodal",
         }
     }
+    accepts_loss_kwargs = True
 
     def __init__(self, config, encoders=None):
         super().__init__(config)
@@ -164,7 +168,8 @@ class CrossModalForPointSegmentation(CrossModalPreTrainedModel):
         self.decoder = nn.ModuleList()
         if self.views is not None:
             self.view_positions = nn.Embedding(config.modality_settings[self.views].get("views") or 1, width)
-            self.activation_2d = nn.Linear(width, count)
+            if config.supervision == "tags":
+                self.activation_2d = nn.Linear(width, count)
             if config.point_projection != "none":
                 self.view_proj = nn.Linear(width, width)
             if config.fusion_type == "interlaced":
@@ -188,7 +193,15 @@ class CrossModalForPointSegmentation(CrossModalPreTrainedModel):
         return super().from_encoders(freeze=freeze, **{**defaults, **named})
 
     @can_return_tuple
-    def forward(self, labels=None, scene_tags=None, modality_mask=None, output_attentions=None, **named_inputs):
+    def forward(
+        self,
+        labels=None,
+        scene_tags=None,
+        modality_mask=None,
+        output_attentions=None,
+        num_items_in_batch=None,
+        **named_inputs,
+    ):
         """Points, and images of them.
 
         Args:
@@ -197,6 +210,8 @@ class CrossModalForPointSegmentation(CrossModalPreTrainedModel):
             scene_tags: (B,C) of 0 and 1 where it is known which classes a scene has: no point becomes another.
             modality_mask: (B,M) bool, as of the base model. Points must be there.
             output_attentions: also return `cross_attentions`.
+            num_items_in_batch: what all accumulation steps and processes count together, the sum of `count_items`; the loss is then the
+                part of these scenes in the means over all. None: their own means.
             named_inputs: for a modality of points named `points`: `points_values (B,N,F)`, `points_mask (B,N)`, 1 for real points;
                 optionally `points_segments (B,N)` long, the supervoxel of each point, numbered from 0, -1 for padding; `points_uv (B,N,2)`
                 or `(B,N,V,2)`, where each view sees each point, parts of its width and height from the top left, anything outside 0 to 1
@@ -210,6 +225,10 @@ class CrossModalForPointSegmentation(CrossModalPreTrainedModel):
         """
         named_inputs.pop("return_dict", None)
         count, full = self.config.num_labels, self.config.supervision == "full"
+        shares = dict.fromkeys(_COUNTED, 1.0)
+        if labels is not None and num_items_in_batch is not None:
+            found = self._share_of_step(num_items_in_batch, labels, modality_mask=modality_mask, **named_inputs)
+            shares = dict(zip(_COUNTED, found.expand(len(_COUNTED)).unbind(), strict=True))
         scene = self._read(modality_mask, named_inputs)
         before = self._encode(scene)
         after, class_scores, attentions = self._decode(before, scene, bool(output_attentions))
@@ -217,7 +236,7 @@ class CrossModalForPointSegmentation(CrossModalPreTrainedModel):
         scores = self._activations(after[self.points][0][:, count:] if full else scene.voxels)
         loss, losses = None, None
         if labels is not None:
-            losses = self._losses(labels, scores, scene, before, scene_logits, class_scores)
+            losses = self._losses(labels, scores, scene, before, scene_logits, class_scores, shares)
             loss = sum(self._loss_weights.get(name, 1.0) * value for name, value in losses.items())
             losses = {name: value.detach() for name, value in losses.items()}
         return CrossModalSegmentationOutput(
@@ -230,6 +249,24 @@ class CrossModalForPointSegmentation(CrossModalPreTrainedModel):
             cross_attentions=attentions if output_attentions else None,
             losses=losses,
         )
+
+    def count_items(self, labels, modality_mask=None, scene_tags=None, **inputs):
+        """What the scenes of a batch, the inputs of a forward, count in the means of the losses, of which each has its own: (5,), scenes,
+        those with views, points, the weights of those with a label, and classes that are contrasted. Before modality dropout."""
+        segments = inputs.pop(f"{self.points}_segments", None)
+        inputs.pop(f"{self.points}_uv", None)
+        values, mask = inputs[self.main_input_name], inputs.get(f"{self.points}_mask")
+        real = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) if mask is None else mask.bool()
+        real = real if segments is None else real & (segments >= 0)
+        viewed = self.crossmodal.presence_of(inputs, modality_mask).sum(dim=1) > 1
+        tags, labelled = self._tags_of(labels, real), real.new_zeros((), dtype=torch.float32)
+        if not labels.is_floating_point():
+            labelled = row_counts(
+                labels.flatten(), "single_label_classification", self._class_weights(labels.device)
+            ).sum()
+        classes = tags if self.config.present_classes_only else torch.ones_like(tags)
+        counts = (viewed.new_tensor(len(real)), viewed.sum(), real.sum(), labelled, (classes * viewed[:, None]).sum())
+        return torch.stack([count.float() for count in counts])
 
     @torch.no_grad()
     def pseudo_labels(self, labels, modality_mask=None, **inputs):
@@ -394,45 +431,47 @@ class CrossModalForPointSegmentation(CrossModalPreTrainedModel):
             "smoothness": config.smoothness_weight,
         }
 
-    def _losses(self, labels, scores, scene, streams, scene_logits, class_scores):
-        """{name: loss} of those that have a weight, and of what there is."""
+    def _losses(self, labels, scores, scene, streams, scene_logits, class_scores, shares):
+        """{name: loss} of those that have a weight, and of what there is; shares: by which their means are multiplied."""
         count, tags = self.config.num_labels, self._tags_of(labels, scene.segments)
-        losses = {"class_tokens": soft_margin_loss(scene_logits, tags)}
+        losses = {"class_tokens": shares["scenes"] * soft_margin_loss(scene_logits, tags)}
         for name, (stream, _) in streams.items():
-            rows = scene.viewed if name == self.views else None
-            losses["class_tokens"] = losses["class_tokens"] + soft_margin_loss(stream[:, :count].mean(-1), tags, rows)
+            kind, rows = ("viewed", scene.viewed) if name == self.views else ("scenes", None)
+            own = soft_margin_loss(stream[:, :count].mean(-1), tags, rows)
+            losses["class_tokens"] = losses["class_tokens"] + shares[kind] * own
         if self.config.supervision == "full":
             if labels.is_floating_point():
                 raise ValueError(
                     "labels are tags of scenes, and supervision='full' learns from labels of points (B,N). Give those, or build the model "
                     "with supervision='tags'."
                 )
-            losses["points"] = point_loss(
+            losses["points"] = shares["labelled"] * point_loss(
                 of_points(scores, scene.segments), labels, self._class_weights(scores.device)
             )
         else:
-            losses["activation_3d"] = activation_loss_3d(scores, tags, scene.there, self.config.activation_power)
+            own = activation_loss_3d(scores, tags, scene.there, self.config.activation_power)
+            losses["activation_3d"] = shares["scenes"] * own
             if scene.maps is not None:
                 activations = self.activation_2d(scene.maps.flatten(1, 2))
-                losses["activation_2d"] = activation_loss_2d(activations, tags, rows=scene.viewed)
+                losses["activation_2d"] = shares["viewed"] * activation_loss_2d(activations, tags, rows=scene.viewed)
         if class_scores is not None:
             present = tags if self.config.present_classes_only else None
-            losses["contrast"] = class_contrast_loss(class_scores, present, scene.viewed)
-        real = scene.segments >= 0
-        losses["smoothness"] = smoothness_loss(scene.features, of_points(scene.voxels, scene.segments), real)
+            losses["contrast"] = shares["classes"] * class_contrast_loss(class_scores, present, scene.viewed)
+        own = smoothness_loss(scene.features, of_points(scene.voxels, scene.segments), scene.segments >= 0)
+        losses["smoothness"] = shares["points"] * own
         return {name: value for name, value in losses.items() if self._loss_weights.get(name, 1.0)}
 
     def _class_weights(self, device):
         return None if self.config.class_weights is None else torch.tensor(self.config.class_weights, device=device)
 
-    def _tags_of(self, labels, segments):
-        """Tags (B,C) float of labels in either form. Refuses labels that are none."""
+    def _tags_of(self, labels, points):
+        """Tags (B,C) float of labels in either form, of points (B,N). Refuses labels that are none."""
         count = self.config.num_labels
-        expected = (len(segments), count) if labels.is_floating_point() else tuple(segments.shape)
+        expected = (len(points), count) if labels.is_floating_point() else tuple(points.shape)
         if tuple(labels.shape) != expected:
             raise ValueError(
-                f"labels of shape {tuple(labels.shape)} and type {labels.dtype}. Expected label ids of points {tuple(segments.shape)}, "
-                f"or tags of scenes as floats {(len(segments), count)}."
+                f"labels of shape {tuple(labels.shape)} and type {labels.dtype}. Expected label ids of points {tuple(points.shape)}, "
+                f"or tags of scenes as floats {(len(points), count)}."
             )
         if labels.is_floating_point():
             return labels

@@ -24,12 +24,23 @@ HEADS = {
     "CrossModalForSequenceClassification": {"fusion_type": "bottleneck", "gate": "static", "num_latents": 2},
     "CrossModalForRetrieval": {"fusion_type": "joint", "projection_dim": 8, "alignment_weight": 1.0},
     "CrossModalForCaptioning": {"fusion_type": "interlaced", "num_fusion_layers": 2, "modality_weighting": "uniform"},
+    "CrossModalForPointSegmentation": {
+        "fusion_type": "interlaced",
+        "fusion_levels": "single",
+        "num_unimodal_layers": 1,
+        "voxel_size": 0.5,
+        "point_projection": "add",
+    },
 }
 TEXTS = ["a red one", None, "blue"]
 
 
 def inputs(processor):
     """A batch of raw inputs, of which the second row lacks its text and the third its image."""
+    if "points" in processor.modality_names:
+        places = torch.linspace(-1, 1, 24).view(8, 3)
+        scene = {"coordinates": places, "uv": places[:, :2].abs()}
+        return processor(points=[scene, scene, scene], images=[picture("red"), picture("blue"), None])
     return processor(images=[picture("red"), picture("blue"), None], text=TEXTS)
 
 
@@ -53,6 +64,9 @@ def make(head, folder):
         "vision": ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic"),
         "text": BertConfig(**_SIZE, num_hidden_layers=1, vocab_size=len(tokenizer), max_position_embeddings=8),
     }
+    if head == "CrossModalForPointSegmentation":
+        modalities["points"] = crossmodal.PointsConfig(feature_size=3, hidden_size=8, cell_sizes=[0.5], extent=1.0)
+        tokenizer = modalities.pop("text") and None
     options = {**_SIZE, "num_fusion_layers": 1, "id2label": dict(enumerate(COLORS)), **HEADS[head]}
     if head == "CrossModalForCaptioning":
         ids = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}

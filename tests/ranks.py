@@ -30,6 +30,7 @@ from crossmodal import CrossModalForRetrieval, CrossModalTrainer, TextDecoderCon
 
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 NAMES = ("vision", "text", "eeg")
+SCENES = ("vision", "points")
 # Rows of a step over all ranks and accumulation steps, of which each rank takes ROWS / 4 at a time.
 ROWS = 16
 DECODER = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -37,9 +38,10 @@ DECODER = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_att
            "max_position_embeddings": 16}  # fmt: skip
 
 
-def config_of(**overrides):
-    config = zoo.tiny_config(*NAMES, **{"hidden_dropout": 0.0, "classifier_dropout": 0.0} | overrides)
-    config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.0
+def config_of(names=NAMES, **overrides):
+    config = zoo.tiny_config(*names, **{"hidden_dropout": 0.0, "classifier_dropout": 0.0} | overrides)
+    if "text" in names:
+        config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.0
     return config
 
 
@@ -60,9 +62,21 @@ def labels_of(kind):
         labels = torch.randint(3, 40, (ROWS, 9), generator=generator)
         lengths = torch.tensor([1, 2, 1, 1, 9, 8, 9, 7, 3, 1, 4, 1, 5, 9, 2, 6])
         return labels.masked_fill(torch.arange(9) >= lengths[:, None], -100)
+    if kind == "points":
+        labels = torch.randint(5, (ROWS, 12), generator=generator)
+        return labels.masked_fill(torch.arange(12) >= (torch.arange(ROWS) % 7 * 2)[:, None], -100)
+    if kind == "tags":
+        return (torch.rand(ROWS, 5, generator=generator) < 0.4).float()
     return torch.arange(ROWS)[:, None] // torch.tensor([1, 3])
 
 
+_POINTS = {
+    "names": SCENES,
+    "fusion_type": "interlaced",
+    "fusion_levels": "single",
+    "num_unimodal_layers": 1,
+    "voxel_size": 0.5,
+}
 # Name to (head, fields of the config, kind of labels).
 CASES = {
     "vqa": ("CrossModalForVQA", {"problem_type": "multi_label_classification"}, "scores"),
@@ -81,6 +95,12 @@ CASES = {
         "pairs",
     ),
     "captioning": ("CrossModalForCaptioning", {"decoder_config": TextDecoderConfig(**DECODER)}, "words"),
+    "tags of scenes": ("CrossModalForPointSegmentation", {**_POINTS, "present_classes_only": True}, "tags"),
+    "points": (
+        "CrossModalForPointSegmentation",
+        {**_POINTS, "supervision": "full", "class_weights": [0.3, 1.0, 2.0, 5.0, 0.1]},
+        "points",
+    ),
 }
 # What is drawn among the rows of a rank is another thing in one process.
 COMPARED = [case for case in CASES if case != "all losses"]
@@ -102,9 +122,11 @@ def collator_of(config, kind, lacking=True):
     """Numbers of rows to batches. Rows 4 to 7 and 12 to 15, all those of the second rank, have no image, and a batch without
     images no such key; others lack text or EEG here and there."""
     whole = zoo.tiny_batch(config, batch_size=ROWS)
-    presence = torch.ones(ROWS, 3, dtype=torch.bool)
+    presence = torch.ones(ROWS, len(config.modality_names), dtype=torch.bool)
     if lacking:
-        presence[4:8, 0] = presence[12:, 0] = presence[[1, 9, 10], 1] = presence[[3, 4, 5, 11], 2] = False
+        presence[4:8, 0] = presence[12:, 0] = False
+        if len(config.modality_names) > 2:
+            presence[[1, 9, 10], 1] = presence[[3, 4, 5, 11], 2] = False
     whole = {"labels": labels_of(kind)} | whole | {"modality_mask": presence}
 
     def collate(rows):
@@ -177,8 +199,10 @@ def evaluated(case, folder, rows=7):
     if case == "captioning":
         return {"loss": found.metrics["test_loss"], "texts": [[w for w in text if w > 2] for text in outputs.tolist()]}
     outputs = outputs if case == "retrieval" else {"logits": outputs}
+    # Of pairs, and of scenes, the loss is no mean over rows.
+    whole = case == "retrieval" or CASES[case][0] == "CrossModalForPointSegmentation"
     return {name: torch.from_numpy(values) for name, values in outputs.items()} | (
-        {} if case == "retrieval" else {"loss": torch.tensor(found.metrics["test_loss"])}
+        {} if whole else {"loss": torch.tensor(found.metrics["test_loss"])}
     )
 
 

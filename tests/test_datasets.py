@@ -168,6 +168,17 @@ def test_permuted_boxes_are_the_same_boxes_in_every_order():
     assert drawn == set(shades)
 
 
+def test_mirror_shows_a_picture_from_either_side():
+    image = Image.new("RGB", (4, 2), (0, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0))
+    columns = {"image": [image], "title": ["t"]}
+    plain = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    rows = RowDataset(plain, "captioning", augment="mirror")
+    drawn = {tuple(rows[0]["images"].getpixel((x, 0))[0] for x in (0, 3)) for _ in range(50)}
+    assert drawn == {(255, 0), (0, 255)}
+    assert {rows.unaugmented()[0]["images"].getpixel((0, 0))[0] for _ in range(20)} == {255}
+
+
 def test_a_folder_that_holds_only_a_test_file_has_just_that_split(tmp_path):
     color_rows(6).to_parquet(tmp_path / "test.parquet")
     assert len(load_rows(str(tmp_path), "test")) == 6

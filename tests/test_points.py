@@ -415,10 +415,10 @@ def test_points_are_learnt_from_tags_and_a_stranger_labels_them(tmp_path):
     values["dataset"] = str(tmp_path / "train.parquet")
     result = train(Recipe(**values, name="points"), write=said.append)
     assert result["eval_rows"] == 6 and result["metrics"]["miou"] > result["majority"]["miou"] + 0.2
-    assert result["model"].config.supervision == "full" and "miou" in result["baselines"]["before pseudo-labels"]
+    assert result["model"].config.supervision == "full" and "miou" in result["baselines"]["first stage"]
     assert any(line.startswith("pseudo-labels: ") for line in said)
     card = (tmp_path / "m" / "README.md").read_text()
-    assert "iou_vehicle" in card and "before pseudo-labels" in card and (tmp_path / "m" / "confusion.png").exists()
+    assert "iou_vehicle" in card and "first stage" in card and (tmp_path / "m" / "confusion.png").exists()
     model = CrossModalForPointSegmentation.from_pretrained(tmp_path / "m")
     processor = CrossModalProcessor.from_pretrained(tmp_path / "m")
     assert evaluate(model, processor, rows, "x", progress=False)["miou"] > 0.5
@@ -495,15 +495,15 @@ def test_recipes_that_cannot_work_are_named(tmp_path):
 def test_recipes_of_points_and_their_variants_are_whole():
     for name in ("segmentation_driving", "segmentation_room"):
         recipe = Recipe.load(name)
-        chosen = [
-            "points alone",
-            "points alone class_token_weight=0 smoothness_weight=0",
-            "concat",
-            "point_projection=only",
-        ]
+        chosen = ["points alone", "points alone class activation", "points alone voxel_size=1", "concat"]
         found = variants_of(recipe, chosen)
         assert list(found) == ["full", *chosen]
-        bare = found[chosen[1]].model
-        assert list(bare["encoders"]) == ["points"] and bare["config"]["point_projection"] == "none"
-        assert bare["config"]["class_token_weight"] == 0 and bare["freeze"] == []
+        for name_alone in chosen[:3]:
+            model = found[name_alone].model
+            assert list(model["encoders"]) == ["points"] and model["config"]["point_projection"] == "none"
+            # Nothing is frozen that could be cached.
+            assert model["freeze"] == [] and found[name_alone].token_cache is None
+        assert found[chosen[1]].model["config"]["class_token_weight"] == 0
+        assert found[chosen[2]].model["config"]["voxel_size"] == 1
+        assert "class activation" not in variants_of(recipe)
         assert found["concat"].model["config"]["fusion_type"] == "concat"

@@ -129,6 +129,7 @@ def test_every_variant_of_an_augmentation_is_cached(frozen, tmp_path):
     assert computed == 2 * 6 + 2
     # The first variant is the picture as it is: nothing is left to do for rows without augmentation.
     assert TokenCache(model, processor, tmp_path).fill(plain, progress=False)[1] == 0
+    assert len({cached.unaugmented()[0]["vision_key"] for _ in range(50)}) == 1
     drawn = {cached[0]["vision_key"] for _ in range(200)}
     assert len(drawn) == 6
     expected = {}

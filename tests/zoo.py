@@ -78,6 +78,15 @@ def tiny_encoder(model_type, batch_size=2):
     if model_type == "crossmodal_features":
         entry = {"model_type": model_type, "feature_size": 6, "hidden_size": 16, "intermediate_size": 32}
         return entry, "features", {"values": torch.randn(batch_size, 9, 6, generator=generator)}
+    if model_type == "crossmodal_points":
+        entry = {
+            "model_type": model_type,
+            "feature_size": 6,
+            "hidden_size": 12,
+            "cell_sizes": [0.3, 0.6],
+            "extent": 1.0,
+        }
+        return entry, "points", {"values": torch.rand(batch_size, 12, 6, generator=generator) * 2 - 1}
     if model_type in _VISION:
         kind, arguments = "vision", _VISION[model_type]
         batch = {"pixel_values": torch.randn(batch_size, 3, 64, 64, generator=generator)}
@@ -95,11 +104,17 @@ def tiny_encoder(model_type, batch_size=2):
 # Fusion of the tiny models.
 TINY = {"hidden_size": 16, "num_attention_heads": 2, "num_fusion_layers": 2, "intermediate_size": 32}
 # Encoder of each modality of the tiny models, in an order that is not alphabetical. `photo` has batch norm.
-_ENCODER_OF = {"vision": "vit", "text": "bert", "eeg": "crossmodal_features", "photo": "resnet"}
+_ENCODER_OF = {
+    "vision": "vit",
+    "text": "bert",
+    "eeg": "crossmodal_features",
+    "photo": "resnet",
+    "points": "crossmodal_points",
+}
 
 
 def tiny_config(*names, **overrides):
-    """A tiny CrossModalConfig with the modalities named (any of vision, text, eeg, photo)."""
+    """A tiny CrossModalConfig with the modalities named (any of vision, text, eeg, photo, points)."""
     from crossmodal import CrossModalConfig
 
     modalities = {name: tiny_encoder(_ENCODER_OF[name])[0] for name in names or ("vision", "text")}
@@ -117,6 +132,8 @@ def tiny_batch(config, batch_size=4, seed=0):
             batch[values] = torch.randn(batch_size, 3, 64, 64, generator=generator)
         elif kind == "text":
             batch[values] = torch.randint(5, 50, (batch_size, 7), generator=generator)
+        elif kind == "points":
+            batch[values] = torch.rand(batch_size, 12, 6, generator=generator) * 2 - 1
         else:
             batch[values] = torch.randn(batch_size, 9, 6, generator=generator)
         if mask:

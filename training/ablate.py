@@ -38,14 +38,20 @@ VARIANTS = {
     "bottleneck": {"fusion_type": "bottleneck"},
 }
 
+# Those that are run where they are asked for by name alone.
+BASELINES = {
+    # Of points: tags, and nothing but where their classes are.
+    "class activation": {"class_token_weight": 0.0, "contrastive_weight": 0.0, "smoothness_weight": 0.0},
+}
+
 
 def variants_of(recipe, chosen=None):
     """{name: recipe} of an ablation, `full` first.
 
     Args:
-        recipe: Recipe. chosen: names of `recipe.variants` or `VARIANTS`, `<modality> alone`, or `key=value` of the model's config
-            (several with spaces between, behind `<modality> alone` too); None takes the recipe's own, or where it has none all that
-            are named.
+        recipe: Recipe. chosen: names of `recipe.variants`, `VARIANTS` and `BASELINES`, `key=value` of the model's config (several with
+            spaces between), or `<modality> alone`, with one of these behind it or without; None takes the recipe's own, or where it has
+            none all of `VARIANTS`, and each modality alone.
 
     Raises:
         ValueError: for a name that there is not.
@@ -59,7 +65,7 @@ def variants_of(recipe, chosen=None):
     own = recipe.variants
     recipe = replace(recipe, variants={}, warm_up=[_as_in_full(stage, config, also) for stage in recipe.warm_up])
     alone = {f"{name} alone": name for name in encoders} if len(encoders) > 1 else {}
-    found = {}
+    found, named = {}, VARIANTS | BASELINES
     for name in dict.fromkeys(["full", *(chosen or own or [*VARIANTS, *alone])]):
         if name in own:
             found[name] = recipe.changed(own[name])
@@ -67,13 +73,13 @@ def variants_of(recipe, chosen=None):
         only = next((part for part in alone if name == part or name.startswith(f"{part} ")), "")
         changed = _with_only(recipe, encoders, config, alone[only]) if only else recipe
         rest = name.removeprefix(only).strip()
-        if not rest or rest in VARIANTS:
-            change = VARIANTS.get(rest, {})
+        if not rest or rest in named:
+            change = named.get(rest, {})
         elif "=" in rest:
             change = _change_of(rest)
         else:
             raise ValueError(
-                f"{name!r} is no variant. Expected some of {nearest(name, [*own, *VARIANTS, *alone])}, or key=value of the config."
+                f"{name!r} is no variant. Expected some of {nearest(name, [*own, *named, *alone])}, or key=value of the config."
             )
         model = copy.deepcopy(changed.model)
         model["config"] = {**(model.get("config") or {}), **change}

@@ -13,6 +13,7 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+from PIL import ImageOps
 from torch.utils.data import Dataset, Sampler
 
 from ..processing.reading_crossmodal import read_image, read_sound
@@ -941,6 +942,12 @@ class RowDataset(SampleReader):
             return self._in_context(place, key)
         return self._read(row, item, key, self._name_of(place))
 
+    def unaugmented(self):
+        """The same samples as they are."""
+        plain = copy.copy(self)
+        plain.augmentation = None
+        return plain
+
     @staticmethod
     def _name_of(row):
         return f"row {row} of the dataset"
@@ -1010,6 +1017,10 @@ def _permuted(image, order):
     return permuted
 
 
+def _unchanged(image):
+    return image
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """What an input of a training sample may look like as well.
@@ -1025,6 +1036,8 @@ class Augmentation:
 
 
 AUGMENTATIONS = {
+    # Whatever is neither written nor told by its side.
+    "mirror": Augmentation("images", (_unchanged, ImageOps.mirror)),
     # NLVR's own: a sentence about the three boxes as a set stays as true as it was.
     "permute_boxes": Augmentation("images", tuple(partial(_permuted, order=o) for o in permutations(range(3)))),
 }

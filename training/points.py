@@ -49,6 +49,11 @@ class PointSegmentationTask(Task):
     def describe(self):
         return f"{len(self.id2label)} classes of points"
 
+    @staticmethod
+    def shown(metrics):
+        """Without the loss, which is another one at each stage."""
+        return {key: value for key, value in metrics.items() if key != "loss"}
+
     def class_weights(self, targets):
         """Weights of the classes by which all count alike: N / (C count)."""
         counts = self._counts(targets).clip(min=1)

@@ -4,6 +4,7 @@ An entry is found by what it depends on: the content of the input, and the encod
 tapped and the processor (together the name of the folder). Whatever of these changes, misses.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -178,6 +179,13 @@ class CachedDataset(Dataset):
 
     def lengths(self):
         return self.dataset.lengths()
+
+    def unaugmented(self):
+        """The same samples as they are."""
+        plain = copy.copy(self)
+        plain.dataset = self.dataset.unaugmented()
+        plain.keys = {name: variants[:1] for name, variants in self.keys.items()}
+        return plain
 
     def __getitem__(self, index):
         sample = self.dataset.sample(index, leave_out=self.cached)

@@ -30,8 +30,8 @@ from .trainer import DEFAULTS, fit, score
 from .warm_up import warm_up
 
 
-# What a first stage reached is shown as.
-_BEFORE = "before pseudo-labels"
+# What a model reached before one that learns from its pseudo-labels.
+_FIRST_STAGE = "first stage"
 
 
 def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, export=True, warm_up_folder=None):
@@ -130,7 +130,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     )
     before = {}
     if recipe.pseudo_labels:
-        before[_BEFORE] = score(trainer, task, datasets["evaluation"], processor)[0]
+        before[_FIRST_STAGE] = score(trainer, task, datasets["evaluation"], processor)[0]
         trainer = _second_stage(recipe, trainer, processor, task, datasets, training, output, write)
     if getattr(task, "several", False) and recipe.holdout:
         # Of several labels each holds from where its F1 is highest on rows that nothing is reported of.
@@ -153,7 +153,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     if not streams:
         known = train_dataset.without(broken) if broken else datasets["training"]
         try:
-            baselines |= task.baselines(trainer.model, processor, known, datasets["evaluation"])
+            baselines |= task.baselines(trainer.model, processor, known.unaugmented(), datasets["evaluation"])
         except BrokenSample as error:
             if not skip:
                 raise
@@ -248,8 +248,8 @@ def _compare(recipe, train_rows, eval_rows, output, write):
             place = output / "checkpoints" / "compare"
             result = train_variant(run, place, name, train_rows, eval_rows)
             found[name] = result["metrics"]
-            before = result["baselines"].get(_BEFORE)
-            found |= {} if before is None else {f"{name}, {_BEFORE}": before}
+            before = result["baselines"].get(_FIRST_STAGE)
+            found |= {} if before is None else {f"{name}, {_FIRST_STAGE}": before}
     return found
 
 

@@ -274,10 +274,11 @@ class CrossModalTrainer(Trainer):
         if model.training:
             self._note(loss, outputs)
         elif self.model_accepts_loss_kwargs and "labels" in inputs:
-            rows = self.accelerator.unwrap_model(model, keep_torch_compile=False).row_losses(
-                outputs["logits"], **inputs
-            )
-            self._row_losses.append(self.accelerator.gather_for_metrics(torch.stack(rows, dim=1).detach()))
+            plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            # Scenes of points have losses with several means.
+            if hasattr(plain, "row_losses"):
+                rows = plain.row_losses(outputs["logits"], **inputs)
+                self._row_losses.append(self.accelerator.gather_for_metrics(torch.stack(rows, dim=1).detach()))
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
