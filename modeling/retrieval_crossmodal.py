@@ -110,17 +110,18 @@ class Temperature(nn.Module):
 
     def __init__(self, initial_value, initial_bias=None):
         super().__init__()
-        self.scale = nn.Parameter(torch.empty(()))
+        # With a dimension: FSDP2 shards no parameters without one.
+        self.scale = nn.Parameter(torch.empty(1))
         self.initial_values = {"scale": initial_value}
         if initial_bias is not None:
-            self.bias = nn.Parameter(torch.empty(()))
+            self.bias = nn.Parameter(torch.empty(1))
             self.initial_values["bias"] = initial_bias
 
     def forward(self):
         if self.training:
             with torch.no_grad():
                 self.scale.clamp_(max=math.log(100.0))
-        return self.scale.exp()
+        return self.scale[0].exp()
 
 
 class LossWeights(nn.Module):
@@ -463,7 +464,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         wanted = {name: getattr(self.config, f"{name}_weight") for name in self.loss_names}
         learned = self.loss_weights() if self.config.loss_weighting == "learned" else None
         loss = combine_losses(parts, wanted, learned)
-        shown["scale"] = self.logit_scale.scale.exp()
+        shown["scale"] = self.logit_scale.scale[0].exp()
         return loss, {name: value.detach() for name, value in (parts | shown).items()}, weights
 
     @staticmethod

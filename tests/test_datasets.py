@@ -174,7 +174,7 @@ def test_mirror_shows_a_picture_from_either_side():
     columns = {"image": [image], "title": ["t"]}
     plain = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     rows = RowDataset(plain, "captioning", augment="mirror")
-    drawn = {tuple(rows[0]["images"].getpixel((x, 0))[0] for x in (0, 3)) for _ in range(50)}
+    drawn = {tuple(shown.getpixel((x, 0))[0] for x in (0, 3)) for shown in (rows[0]["images"] for _ in range(50))}
     assert drawn == {(255, 0), (0, 255)}
     assert {rows.unaugmented()[0]["images"].getpixel((0, 0))[0] for _ in range(20)} == {255}
 

@@ -75,7 +75,7 @@ def test_contrast_over_unequal_ranks_has_the_gradient_of_one_process_with_all_ro
     assert_same(two[0]["contrast"], one["contrast"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ranks.SHARDED)
+@pytest.mark.parametrize("case", ranks.COMPARED)
 def test_shards_of_layers_have_the_gradients_of_the_whole_model_though_one_rank_lacks_images(one, two, case):
     expected = one[f"{case}, sharded"]
     assert any(name.startswith("gradient_norm") for name in expected)

@@ -77,12 +77,6 @@ class CrossModalTrainer(Trainer):
                 f"gradient_cache={gradient_cache} runs parts of the model by themselves, whose weights FSDP and DeepSpeed put together "
                 "for whole forwards only. Use DDP (configs/accelerate/ddp.yaml), or leave gradient_cache out."
             )
-        scalars = [name for name, parameter in self.model.named_parameters() if not parameter.dim()]
-        if scalars and self.is_fsdp_enabled and getattr(self.accelerator, "is_fsdp2", False):
-            raise ValueError(
-                f"FSDP2 shards no parameters without a dimension, such as {scalars[0]} of {type(self.model).__name__}. Use DDP "
-                "(configs/accelerate/ddp.yaml) or DeepSpeed (configs/accelerate/deepspeed_zero3.yaml)."
-            )
         self.gradient_cache = gradient_cache
         self.learning_rates = dict(learning_rates or {})
         self.rows_per_image = rows_per_image
