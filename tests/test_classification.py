@@ -8,8 +8,9 @@ import pytest
 import torch
 import zoo
 from crossmodal.training.classification import ClassificationTask, RegressionTask, SentimentTask
-from crossmodal.training.datasets import RowDataset
+from crossmodal.training.datasets import DATASETS, RowDataset
 from crossmodal.training.evaluate import evaluate
+from crossmodal.training.protocols import PROTOCOLS
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.statistics import take_statistics
 from crossmodal.training.train import train
@@ -312,6 +313,15 @@ def utterance_rows(videos=6, segments=5):
             )
     rows = [rows[i] for i in draw.permutation(len(rows))]
     return datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
+
+
+def test_recordings_of_numbers_are_dealt_to_all_folds():
+    rows = list(utterance_rows(7, 3).remove_columns(["text_values", "audio_values", "video_values"]))
+    of = PROTOCOLS["held_out_recordings"](rows, DATASETS["mosi_scores"], 3, 0)
+    folds = {}
+    for row, fold in zip(rows, of, strict=True):
+        folds.setdefault(fold, set()).add(row["video"])
+    assert sorted(map(len, folds.values())) == [2, 2, 3] and len(set.union(*folds.values())) == 7
 
 
 def test_a_row_sees_its_neighbours_and_no_other_recording():

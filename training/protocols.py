@@ -26,10 +26,11 @@ def _by_subject(rows, adapter, folds, seed):
 def _by_recording(rows, adapter, folds, seed):
     if adapter.recording is None:
         raise ValueError("protocol 'held_out_recordings' needs rows that are parts of recordings; these are not.")
-    # Recordings of a label are dealt in turn, so that every fold has each label.
+    # Recordings of a label are dealt in turn, so that every fold has each label; where rows have numbers, all of them are.
     labels, dealt = {}, {}
     for row in rows:
-        labels.setdefault(adapter.recording(row), str(adapter.target(row)))
+        target = adapter.target(row)
+        labels.setdefault(adapter.recording(row), target if isinstance(target, str) else "")
     names = sorted(labels, key=str)
     random.Random(seed).shuffle(names)
     for label in sorted(set(labels.values())):
