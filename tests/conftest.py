@@ -13,10 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from crossmodal.training.allocator import keep_freed_memory  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 
+keep_freed_memory()
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 settings.register_profile("few", max_examples=12, deadline=None, derandomize=True)

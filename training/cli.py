@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from . import cli_export, cli_hub, cli_scale, cli_study
+from .allocator import keep_freed_memory
 from .console import JSON, MODEL, arrays, load_model, note, one_line, print_json, print_table, quiet
 from .processes import FailedElsewhere, is_main
 
@@ -319,6 +320,7 @@ app.add_typer(cli_scale.app)
 
 def main():
     """Entry point of `crossmodal`."""
+    keep_freed_memory()
     try:
         with nullcontext() if is_main() else _silence():
             app()
