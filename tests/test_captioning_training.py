@@ -1,6 +1,7 @@
 """Recipes that write: captions of images, and answers in words; trained, scored by what is written, and saved."""
 
 import copy
+import json
 
 import datasets
 import pytest
@@ -39,9 +40,9 @@ def caption_rows(count=18):
 def test_captions_are_learnt_and_scored_once_for_each_image(tmp_path):
     pytest.importorskip("pycocoevalcap")
     rows = caption_rows()
-    result = train(
-        recipe("captioning", tmp_path / "model", "vision"), rows, rows.select(range(3)), write=lambda s: None
-    )
+    own = recipe("captioning", tmp_path / "model", "vision", generation={"num_beams": 3})
+    result = train(own, rows, rows.select(range(3)), write=lambda s: None)
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["num_beams"] == 3
     # Two captions of each image: either is right.
     assert result["metrics"]["exact_match"] == 1 and result["metrics"]["cider_d"] > 1
     assert result["majority"]["exact_match"] == pytest.approx(1 / 3, abs=0.01)
@@ -66,6 +67,13 @@ print(pipe(sys.argv[2], text=sys.argv[3], return_full_text=False)[0]["generated_
 """
     said = run_as_stranger(code, tmp_path / "model", tmp_path / "image.png", rows[0]["question"], cwd=tmp_path)
     assert said.splitlines()[-1].strip() == name
+
+
+def test_what_a_model_does_by_itself_is_checked_before_training(tmp_path):
+    with pytest.raises(ValueError, match="generation.num_beam is no field of GenerationConfig. Nearest: .*num_beams"):
+        recipe("captioning", tmp_path, "vision", generation={"num_beam": 3})
+    with pytest.raises(ValueError, match="generation=.*'vqa', whose model writes nothing"):
+        Recipe(**copy.deepcopy(TINY_RECIPE), output_dir=str(tmp_path), dataset="x", generation={"num_beams": 3})
 
 
 def test_a_recipe_that_writes_needs_words(tmp_path):

@@ -46,7 +46,8 @@ class Conversation:
 
         def write():
             try:
-                self.model.generate(**batch, streamer=streamer, **options)
+                # What is shown as it is written has no other beams.
+                self.model.generate(**batch, streamer=streamer, **{"num_beams": 1, **options})
             except Exception as error:
                 failed.append(error)
                 streamer.end()

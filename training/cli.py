@@ -119,7 +119,9 @@ def evaluate(
     fold_size: Annotated[
         int | None, typer.Option(min=1, help="Retrieval: mean over folds of so many (1000: COCO 1K).")
     ] = None,
-    num_beams: Annotated[int | None, typer.Option(min=1, help="Writing: beams of the search (default 1).")] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Writing: beams of the search (default: what the model was saved with).")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many rows.")] = None,
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Dialogue: show the model the last question alone.")
@@ -158,7 +160,9 @@ def predict(
     picture: Annotated[str | None, typer.Option(help="Points: picture from above to draw.")] = None,
     up: Annotated[str, typer.Option(help="Points: axis that points up in the picture, such as z or -y.")] = "z",
     top_k: Annotated[int, typer.Option(min=1, help="Number of answers or labels.")] = 5,
-    num_beams: Annotated[int, typer.Option(min=1, help="Writing: beams of the search.")] = 1,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Writing: beams of the search (default: what the model was saved with).")
+    ] = None,
     as_json: JSON = False,
 ):
     """Answer a question about an image, write about it, classify what is given, or label points; any modality may be left out."""
@@ -178,7 +182,8 @@ def predict(
             raise ValueError("a model that writes is given --image and --text here; use its `generate` for others.")
         from .chat import written_about
 
-        written = written_about(loaded, processor, image, text, num_beams=num_beams)
+        options = {} if num_beams is None else {"num_beams": num_beams}
+        written = written_about(loaded, processor, image, text, **options)
         if as_json:
             print_json({"generated_text": written})
         else:

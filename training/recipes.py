@@ -5,6 +5,7 @@ import difflib
 from dataclasses import MISSING, asdict, dataclass, field, fields
 
 import yaml
+from transformers import GenerationConfig
 
 from ..configs import load_preset, load_recipe
 from .tasks import TASKS
@@ -77,6 +78,8 @@ class Recipe:
         variants: of this recipe, by name, for `compare` and `crossmodal ablate`: keys that change, such as `mixing.mixup: 0.0`.
         pseudo_labels: of point_segmentation, a second stage: a new model, fully supervised by labels that the first is sure of, with
             `training` and `config` over those of the recipe. It is what is measured and kept.
+        generation: of tasks that write, what `generate` does by itself (fields of GenerationConfig, such as `num_beams: 4`): in the final
+            measurement and in the model that is kept. Checkpoints are chosen by what is written greedily.
         early_stopping_patience: evaluations without progress before training stops; None never stops.
     """
 
@@ -111,6 +114,7 @@ class Recipe:
     variants: dict = field(default_factory=dict)
     warm_up: list[dict] = field(default_factory=list)
     pseudo_labels: dict = field(default_factory=dict)
+    generation: dict = field(default_factory=dict)
     name: str = ""
 
     _SECTIONS = {
@@ -159,6 +163,14 @@ class Recipe:
             raise ValueError(
                 f"pseudo_labels with task={self.task!r}: only points of task 'point_segmentation' are given any."
             )
+        if self.generation and not getattr(TASKS[self.task], "writes", False):
+            raise ValueError(
+                f"generation={self.generation} with task={self.task!r}, whose model writes nothing. Leave it out."
+            )
+        for key in self.generation:
+            if not hasattr(GenerationConfig(), key):
+                near = nearest(key, vars(GenerationConfig()))[:3]
+                raise ValueError(f"generation.{key} is no field of GenerationConfig. Nearest: {near}.")
         if self.gradient_cache is not None and (self.task != "retrieval" or self.gradient_cache < 1):
             raise ValueError(
                 f"gradient_cache={self.gradient_cache} with task={self.task!r}. Expected a number of rows for task 'retrieval'; "

@@ -128,6 +128,8 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         checkpoint,
         write,
     )
+    if recipe.generation:
+        trainer.model.generation_config.update(**recipe.generation)
     before = {}
     if recipe.pseudo_labels:
         before[_FIRST_STAGE] = score(trainer, task, datasets["evaluation"], processor)[0]

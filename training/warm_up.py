@@ -33,7 +33,7 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
         keys = ("task", "dataset", "train_split", "augment", "rows_per_image", "learning_rates")
         # What suits the rows of the run itself (permuting their boxes, say) need not suit these.
         changes = {"augment": None, "rows_per_image": 1} | {key: own[key] for key in keys if key in own}
-        stage = replace(recipe, warm_up=[], early_stopping_patience=None, **changes)
+        stage = replace(recipe, warm_up=[], generation={}, early_stopping_patience=None, **changes)
         stages.append(_of_its_own(stage, own) if "modalities" in own or "config" in own else stage)
         rows = load_rows(stage.dataset, stage.train_split, own.get("rows"))
         rows = some_of(rows, own.get("rows"), recipe.seed)
