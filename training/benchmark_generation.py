@@ -106,7 +106,7 @@ def compare(size="tiny", rounds=7, batches=(1, 8), compiled=False, device=None, 
     plan = [("dynamic cache", search, batch) for search in SEARCHES for batch in batches]
     if compiled:
         plan += [(mode, "greedy", batch) for mode in ("static cache", "static cache, compiled") for batch in batches]
-    table = []
+    table, refused = [], {}
     for mode, search, batch in tqdm(plan, desc="benchmark", leave=False):
         pixels = torch.randn(batch, 3, *shape.image, generator=generator).to(device)
         options = {"min_new_tokens": _NEW_WORDS, "max_new_tokens": _NEW_WORDS, "do_sample": False, **SEARCHES[search]}
@@ -114,6 +114,10 @@ def compare(size="tiny", rounds=7, batches=(1, 8), compiled=False, device=None, 
             options["cache_implementation"] = "static"
         runs, failed = {}, {}
         for name, model in models.items():
+            if name in refused:
+                # Compiled, what fails with a static cache ends the whole process.
+                failed[name] = refused[name]
+                continue
             if mode == "static cache, compiled":
                 decoder = _decoder_of(model)
                 decoder.forward = torch.compile(type(decoder).forward, dynamic=False).__get__(decoder)
@@ -123,9 +127,10 @@ def compare(size="tiny", rounds=7, batches=(1, 8), compiled=False, device=None, 
                 runs[name] = run
             except Exception as error:
                 failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+                refused[name] = failed[name]
         times = in_turn(runs, device, rounds)
         for name, model in models.items():
-            if mode == "static cache, compiled":
+            if mode == "static cache, compiled" and name not in refused:
                 del _decoder_of(model).forward
             row = {"mode": mode, "search": search, "batch": batch, "model": name}
             row |= {"words_per_second": None, "ours_over_this": None, "why": failed.get(name)}
