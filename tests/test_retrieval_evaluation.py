@@ -229,6 +229,11 @@ def test_every_schema_of_pairs_gives_a_sample_per_text():
         assert all(isinstance(text, str) for text in texts)
         assert texts == list(samples.raw_column("text"))
         assert [dict(t["keys"])["text"] for t in samples.targets] == texts
+        # Also where no column names images, texts of one of them are right, and those of another are not.
+        first, right = inputs_of(samples.targets)
+        assert len(first) == 2
+        known = torch.tensor([samples.places[i][0] for i in range(len(samples))])
+        assert torch.equal(right(torch.arange(2), torch.arange(len(samples))), torch.arange(2)[:, None] == known)
         lengths.append(len(samples))
     assert lengths == [2, 3, 3, 3, 3]
 

@@ -763,11 +763,16 @@ class SampleReader(Dataset):
                 rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
         return rows
 
-    def _target(self, row, item):
+    def _target(self, row, item, place):
+        """place: of the row among all, which names its image where no column does."""
         several = self.adapter.several
-        return self.adapter.target(
+        target = self.adapter.target(
             row if item is None else row | {several: row[several][item], f"{several}_all": row[several]}
         )
+        if self.adapter.task == "retrieval" and ("image", None) in target["keys"]:
+            keys = [("image", f"row {place}") if key == ("image", None) else key for key in target["keys"]]
+            return target | {"id": f"row {place}", "keys": keys}
+        return target
 
     def _targets_of(self, row, target):
         """What a sample says of its targets: that of the row, and, where there are columns of them, those of its inputs alone."""
@@ -861,7 +866,7 @@ class RowDataset(SampleReader):
         # Rows about the same image, which are cheaper in one batch.
         images = rows["image_id"] if "image_id" in rows.column_names else None
         self.groups = None if images is None else [images[row] for row, _ in self.places]
-        self.targets = [self._target(plain[row], item) for row, item in self.places]
+        self.targets = [self._target(plain[row], item, row) for row, item in self.places]
 
     def _read_recordings(self, plain_rows):
         """Recordings as rows in order, and which place in which each row has; what their features are."""

@@ -135,9 +135,9 @@ class StreamedRows(SampleReader):
             for shard in range(len(self.names)):
                 sizes.append(0)
                 for row in self._shard(self._plain, shard):
-                    sizes[shard] += 1
                     for item in self._items_of(row):
-                        self.targets.keep(self._target(row, item))
+                        self.targets.keep(self._target(row, item, (shard, sizes[shard])))
+                    sizes[shard] += 1
             self.sizes, self.targets.whole = sizes, True
         return len(self)
 
@@ -181,7 +181,7 @@ class StreamedRows(SampleReader):
         sample = self._augmented({key: self._read(row, item, key, where) for key in self.adapter.inputs})
         if self.sizes is not None:
             sample["row"] = self._first_of_shards[shard] + number
-        return sample | self._targets_of(row, self._target(row, item))
+        return sample | self._targets_of(row, self._target(row, item, (shard, number)))
 
     @cached_property
     def _first_of_shards(self):
@@ -224,8 +224,8 @@ class StreamedTargets:
                 yield from repeat(target, times)
             return
         self._kept = {}
-        for row, item in self.samples.plain_samples():
-            target = self.samples._target(row, item)
+        for place, (row, item) in enumerate(self.samples.plain_samples()):
+            target = self.samples._target(row, item, place)
             self.keep(target)
             yield target
         self.whole = True
