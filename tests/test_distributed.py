@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ranks
@@ -36,6 +37,15 @@ def torchrun(arguments, launcher=("torch.distributed.run", "--standalone", "--np
         [sys.executable, "-m", *launcher, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+
+
+def run_on_two(code, out, *arguments):
+    """What `code` saved as `out` on two ranks; it is given the folder of the tests, `out` and the arguments."""
+    script = out.with_suffix(".py")
+    script.write_text(code)
+    done = torchrun([script, Path(__file__).parent, out, *arguments])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
 
 
 def assert_same(found, expected, **close):

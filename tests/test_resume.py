@@ -20,7 +20,7 @@ from crossmodal.training.tasks import VQATask
 from crossmodal.training.train import train
 from PIL import Image
 from safetensors.torch import load_file
-from test_distributed import run as run_ranks
+from test_distributed import run_on_two
 from transformers import TrainerCallback, TrainingArguments
 from world import COLORS, QUESTIONS, TINY_RECIPE, tiny_processor_and_model
 
@@ -332,7 +332,7 @@ if trainer.is_world_process_zero():
 
 @pytest.mark.slow
 def test_two_ranks_that_were_cut_off_end_with_the_same_weights(tmp_path):
-    whole, cut = run_ranks(2, 4, tmp_path / "out", _RANKS)
+    whole, cut = run_on_two(_RANKS, tmp_path / "out", 4)
     assert_same(cut, whole)
     names = {path.name for path in (tmp_path / "out-cut" / "checkpoint-6").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= names and is_whole(tmp_path / "out-cut" / "checkpoint-6")

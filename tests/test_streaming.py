@@ -19,7 +19,7 @@ from crossmodal.training.recipes import Recipe
 from crossmodal.training.streaming import StreamedRows, read_whole
 from crossmodal.training.tasks import VQATask
 from crossmodal.training.train import train
-from test_distributed import run as run_ranks
+from test_distributed import run_on_two
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from world import COLORS, QUESTIONS, TINY_RECIPE, color_rows, picture, tiny_processor_and_model
@@ -440,7 +440,7 @@ if trainer.args.process_index == 0:
 @pytest.mark.slow
 def test_two_ranks_stream_uneven_files_without_overlap_and_end_together(tmp_path):
     shards(tmp_path / "out-data", [3, 15, 3], broken=(1, 12))
-    broken = run_ranks(2, 4, tmp_path / "out", _RANKS)
+    broken = run_on_two(_RANKS, tmp_path / "out", 4)
     seen = [torch.load(tmp_path / f"out-{rank}") for rank in range(2)]
     assert len(seen[0]) == len(seen[1]) == 6
     for epoch in (slice(0, 3), slice(3, 6)):
