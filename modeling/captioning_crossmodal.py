@@ -221,10 +221,14 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
         mask = None if decoder_attention_mask is None else decoder_attention_mask.bool()
         if mask is not None and not torch.compiler.is_compiling() and mask.all():
             mask = None
+        memory_mask = encoder_outputs.attention_mask
+        if memory_mask is not None and memory_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Attention without a mask is cheaper. On a GPU to look would make every word wait.
+            memory_mask = None if memory_mask.all() else memory_mask
         hidden, selves, crosses = self.decoder(
             decoder_inputs_embeds,
             encoder_outputs.last_hidden_state,
-            encoder_outputs.attention_mask,
+            memory_mask,
             mask,
             past_key_values,
             bool(output_attentions),

@@ -138,14 +138,20 @@ class TransformerDecoder(nn.Module):
     def forward(self, embeds, memory, memory_mask, mask, past, output_attentions=False):
         start = past.get_seq_length() if past is not None else 0
         length = embeds.shape[1]
-        own = torch.arange(length, device=embeds.device) + start
-        positions = own[None] if mask is None else (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
-        hidden = self.dropout(embeds + self.embed_positions(positions))
         static = past is not None and past.is_compileable
+        places = self.embed_positions
+        if mask is None and not static and start + length <= places.num_embeddings:
+            own = None
+            hidden = self.dropout(embeds + places.weight[start : start + length])
+        else:
+            own = torch.arange(length, device=embeds.device) + start
+            positions = own[None] if mask is None else (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+            hidden = self.dropout(embeds + places(positions))
         # Without padding, and with all words there, "causal" says it; a single new word sees everything.
         causal = mask is None and not static and length > 1 and start == 0
         attention_mask = None
         if not causal and (mask is not None or static or length > 1):
+            own = torch.arange(length, device=embeds.device) + start if own is None else own
             # Of a static cache the length is that of its room.
             total = past.get_max_length() if static else start + length
             attention_mask = (torch.arange(total, device=embeds.device) <= own[:, None])[None, None]
