@@ -125,7 +125,7 @@ class CrossModalClassifier(CrossModalPreTrainedModel):
                     labels,
                     outputs.presence,
                     outputs.modality_log_variances,
-                    unimodal_targets,
+                    targets=unimodal_targets,
                     **options,
                 )
                 if self.training:

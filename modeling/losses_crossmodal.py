@@ -57,7 +57,7 @@ def mean_loss(losses, counts):
 
 
 def unimodal_losses(
-    logits, labels, presence, log_variances=None, targets=None, problem_type="single_label_classification", **options
+    logits, labels, presence, log_variances=None, problem_type="single_label_classification", targets=None, **options
 ):
     """Loss of each modality's own classifier, mean over the rows that have the modality.
 
