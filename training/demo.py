@@ -43,7 +43,7 @@ _TRAINING = {
 }
 
 
-_SEEING = {"num_train_epochs": 4, "per_device_train_batch_size": 24, "learning_rate": 3.0e-3}
+_SEEING = {"num_train_epochs": 8, "per_device_train_batch_size": 24, "learning_rate": 3.0e-3}
 _SIMPLE = {"num_train_epochs": 3}
 
 
