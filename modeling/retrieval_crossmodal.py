@@ -81,6 +81,23 @@ class ModalityFeatures:
         """The features of `rows` (P,) of the batch, each distinct input kept once; present (P,) bool or None."""
         return replace(self, index=rows if self.index is None else self.index[rows], present=present)
 
+    def tensors(self):
+        """What of the features carries a gradient, each once: tokens may be one of the levels."""
+        own = [self.embeddings, *self.levels]
+        return own if any(self.tokens is level for level in self.levels) else [*own, self.tokens]
+
+    def in_use(self):
+        """The same rows, of the distinct inputs those alone that they take."""
+        used, index = self.index.unique(return_inverse=True)
+        return ModalityFeatures(
+            self.embeddings[used],
+            [level[used] for level in self.levels],
+            None if self.tokens is None else self.tokens[used],
+            None if self.mask is None else self.mask[used],
+            index,
+            self.present,
+        )
+
     def spread(self, values):
         return EncodedModality([], index=self.index, present=self.present).spread(values)
 
@@ -103,6 +120,81 @@ class ModalityFeatures:
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
         embeddings = torch.cat([item.embeddings for item in items])
         return cls(embeddings, levels, None, None if mask.all() else mask)
+
+
+@dataclass
+class _Batch:
+    """Rows that are compared with each other.
+
+    features {modality: ModalityFeatures}, presence (B,M) bool, labels (B,K); mine: those of them (P,) of which this process computes
+    the losses; shared: whether others have the rest.
+    """
+
+    features: dict
+    presence: torch.Tensor
+    labels: torch.Tensor
+    mine: torch.Tensor
+    shared: bool = False
+
+    def of_all_processes(self, names):
+        """The rows of all processes in the order of ranks, with gradient; the same call is made by each of them.
+
+        Numbers travel in one exchange: processes that lack different modalities must agree on the order of their gradients.
+        """
+        items = [self.features[name] for name in names]
+        lengths = torch.tensor([item.tokens.shape[1] for item in items], device=self.presence.device)
+        # Rows of each process, and distinct inputs and tokens of each of its modalities.
+        sizes = [[len(self.presence), *(size for item in items for size in item.tokens.shape[:2])]]
+        sizes = gather(torch.tensor(sizes, device=lengths.device)).tolist()
+        own = [values for item in items for values in item.tensors()]
+        flat = gather(torch.cat([values.float().flatten() for values in own]))
+        rank = torch.distributed.get_rank()
+        found, place = {name: [] for name in names}, 0
+        for _, *shapes in sizes:
+            for name, item, inputs, tokens in zip(names, items, shapes[::2], shapes[1::2], strict=True):
+                there = []
+                for values in item.tensors():
+                    shape = (inputs, *(() if values.dim() == 2 else (tokens,)), values.shape[-1])
+                    count = math.prod(shape)
+                    there.append(flat[place : place + count].view(shape).to(values.dtype))
+                    place += count
+                found[name].append(there)
+        features = {}
+        for number, (name, item) in enumerate(zip(names, items, strict=True)):
+            longest = max(size[2 + 2 * number] for size in sizes)
+            embeddings, *levels = (
+                torch.cat([_padded(v, longest) for v in every]) for every in zip(*found[name], strict=True)
+            )
+            same = [level for level, here in zip(levels, item.levels, strict=False) if here is item.tokens]
+            tokens = same[0] if same else levels.pop()
+            before = sum(size[1 + 2 * number] for size in sizes[:rank])
+            rows = torch.arange(len(self.presence), device=lengths.device) if item.index is None else item.index
+            mask = (
+                torch.ones(item.tokens.shape[:2], dtype=torch.bool, device=lengths.device)
+                if item.mask is None
+                else item.mask
+            )
+            present = torch.ones_like(rows, dtype=torch.bool) if item.present is None else item.present
+            mask = gather(nn.functional.pad(mask, (0, longest - mask.shape[1])))
+            features[name] = ModalityFeatures(embeddings, levels, tokens, mask, gather(rows + before), gather(present))
+        start = sum(size[0] for size in sizes[:rank])
+        mine = torch.arange(start, start + len(self.presence), device=lengths.device)
+        return _Batch(features, gather(self.presence), gather(self.labels), mine, True)
+
+    def mean(self, sums, counts):
+        """Mean of the means of those losses that any row counts in, from their sums over rows of this process, and how many counted."""
+        sums = torch.stack(sums)
+        counts = torch.stack([torch.as_tensor(count, device=sums.device, dtype=torch.float32) for count in counts])
+        if self.shared:
+            torch.distributed.all_reduce(counts)
+            # Averaged over processes, as DDP does with gradients, it is the mean over all.
+            sums = sums * torch.distributed.get_world_size()
+        return (sums / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+
+
+def _padded(values, length):
+    """Tokens (U,T,D) to (U,length,D); vectors (U,E) as they are."""
+    return values if values.dim() < 3 else nn.functional.pad(values, (0, 0, 0, length - values.shape[1]))
 
 
 class Temperature(nn.Module):
@@ -447,19 +539,24 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         parts, shown, weights = {}, {}, None
         if "contrastive" in self.loss_names:
             parts["contrastive"] = self._contrastive_loss(embeds, presence, labels)
+        batch = _Batch(features, presence, labels, torch.arange(len(some), device=some.device))
+        if self.crossmodal._runs_all_modalities() and self.loss_names != ["contrastive"]:
+            # What a row is told from are the rows of all processes, as if they were one batch.
+            batch = batch.of_all_processes(self.config.modality_names)
         if "matching" in self.loss_names:
-            parts["matching"], weights = self._matching_loss(features, embeds, presence, labels)
-        pairs = [pair for pair in combinations(features, 2) if (self._both(presence, pair)).any()]
+            parts["matching"], weights = self._matching_loss(batch)
+        pairs = [pair for pair in combinations(batch.features, 2) if self._both(batch.presence, pair).any()]
         if "alignment" in self.loss_names:
-            parts["alignment"] = self._mean([self._alignment_loss(features, p, presence, labels) for p in pairs], some)
-            if self.crossmodal._runs_all_modalities():
-                # Another process may have rows of pairs that this one lacks.
+            parts["alignment"] = self._mean([self._alignment_loss(batch, pair) for pair in pairs], some)
+            if batch.shared:
+                # All processes wait for the gradient of these, pairs or not.
                 parts["alignment"] = parts["alignment"] + 0.0 * sum(p.sum() for p in self.alignment.parameters())
         if "cross" in self.loss_names:
-            found = [self._cross_loss(features, pair, presence) for pair in pairs]
+            found = [self._cross_loss(batch, pair) for pair in pairs]
             parts["cross"] = self._mean([loss for loss, _ in found], some)
             shown = {
-                f"cross_{k}": self._mean([s[k] for _, s in found], some) for k in ("norm", "entropy", "pooled_norm")
+                f"cross_{k}": self._mean([s[k] for _, s in found if s], some)
+                for k in ("norm", "entropy", "pooled_norm")
             }
         wanted = {name: getattr(self.config, f"{name}_weight") for name in self.loss_names}
         learned = self.loss_weights() if self.config.loss_weighting == "learned" else None
@@ -518,29 +615,31 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             return hardest_triplets(queries @ keys.T, positive, config.triplet_margin)
         return info_nce(queries, keys, scale, query_labels, key_labels, config.contrastive_chunk_size)
 
-    def _matching_loss(self, features, embeds, presence, labels):
+    def _matching_loss(self, batch):
         """Rows as they are, against rows of which one modality is another row's, drawn among those that look alike.
 
         Returns the loss, and the modality weights of the rows as they are.
         """
+        features, presence, mine = batch.features, batch.presence, batch.mine
         column = self.config.modality_names.index
-        several, positive = presence.sum(dim=1) > 1, positives_of(labels, labels)
+        embeds = {name: item.spread(item.embeddings).detach() for name, item in features.items()}
+        several, positive = presence.sum(dim=1) > 1, positives_of(batch.labels[mine], batch.labels)
         # Rows, and the modalities in which they are replaced by what other rows have.
-        blocks = [(several.nonzero().squeeze(1), {})]
+        blocks = [(mine[several[mine]], {})]
         for swapped in features:
             have = presence[:, column(swapped)]
-            alike = sum(embeds[other].detach() @ embeds[swapped].detach().T for other in features if other != swapped)
-            alike, wrong = self.logit_scale().detach() * alike, positive | ~have
-            drawn, found = self._negatives(alike, wrong)
-            rows, place = (found & (have & several)[:, None]).nonzero(as_tuple=True)
-            blocks.append((rows, {swapped: drawn[rows, place]}))
+            alike = sum(embeds[other][mine] @ embeds[swapped].T for other in features if other != swapped)
+            drawn, found = self._negatives(self.logit_scale().detach() * alike, positive | ~have)
+            rows, place = (found & (have & several)[mine, None]).nonzero(as_tuple=True)
+            blocks.append((mine[rows], {swapped: drawn[rows, place]}))
         there = presence[torch.cat([rows for rows, _ in blocks])]
         nothing = not len(there)
-        if nothing and not self.crossmodal._runs_all_modalities():
+        if nothing and not batch.shared:
             return self._mean([], next(iter(embeds.values()))), None
+        parts = [len(rows) for rows, _ in blocks]
         if nothing:
-            # Another process may have pairs, and waits for this one in the same modules.
-            blocks, there = [(torch.zeros(1, dtype=torch.long, device=presence.device), {})], presence[:1]
+            # Another process has pairs, and waits for this one in the same modules.
+            blocks, there = [(mine[:1], {}), *blocks[1:]], presence[mine[:1]]
         pairs = {
             name: item.at(
                 torch.cat([swaps.get(name, rows) for rows, swaps in blocks]),
@@ -548,37 +647,49 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             )
             for name, item in features.items()
         }
+        if batch.shared:
+            pairs = {name: item.in_use() for name, item in pairs.items()}
         logits, weights, _ = self.match(pairs, there)
         if nothing:
-            return self._mean([], logits), None
-        parts = [len(rows) for rows, _ in blocks]
-        if self.config.matching == "ranking":
-            return self._ranking_loss(logits, pairs, blocks, parts, len(presence)), weights[: parts[0]]
+            # Connected with the loss, and worth nothing in it.
+            sums, counts = self._matching_sums(
+                logits[:0], pairs, [(rows[:0], swaps) for rows, swaps in blocks], parts, presence
+            )
+            sums = [total + 0.0 * logits.sum() for total in sums]
+        else:
+            sums, counts = self._matching_sums(logits, pairs, blocks, parts, presence)
+        return batch.mean(sums, counts), weights[: parts[0]] if parts[0] else None
+
+    def _matching_sums(self, logits, pairs, blocks, parts, presence):
+        """Sums of losses over rows, and how many rows there are, of each mean that the matching loss is the mean of."""
         own, *others = logits.split(parts)
         if self.config.matching == "classifier":
             matched = torch.arange(len(logits), device=logits.device) < len(own)
-            return matching_loss(logits, matched), weights[: len(own)]
+            return [matching_loss(logits, matched) * len(logits)], [len(logits)]
+        if self.config.matching == "ranking":
+            return self._ranking_sums(logits, pairs, blocks, parts, len(presence))
         own = torch.zeros(len(presence), device=own.device, dtype=own.dtype).index_copy(0, blocks[0][0], own)
         losses = [
             self.config.triplet_margin - own[rows] + worse for (rows, _), worse in zip(blocks[1:], others, strict=True)
         ]
         losses = torch.cat(losses).clamp(min=0)
-        return losses.sum() / max(1, len(losses)), weights[: len(blocks[0][0])]
+        return [losses.sum()], [len(losses)]
 
-    def _ranking_loss(self, logits, pairs, blocks, parts, count):
+    def _ranking_sums(self, logits, pairs, blocks, parts, count):
         """`ranking_loss` of match scores beside what the embeddings say, as candidates are ranked, and of match scores alone: on rows
-        that the embeddings know by heart there would be nothing left to learn."""
+        that the embeddings know by heart there would be nothing left to learn. Returned as by `_matching_sums`."""
         scores = [logits]
         if self.config.contrastive_weight:
-            scores.append(logits + self._scaled(self.similarity(pairs)).detach())
-        losses = []
+            beside = self._scaled(self.similarity(pairs)).detach() if len(logits) else 0.0
+            scores.append(logits + beside)
+        sums, counts = [], []
         for one in scores:
             own, *others = one.split(parts)
             own = torch.zeros(count, device=own.device, dtype=own.dtype).index_copy(0, blocks[0][0], own)
-            losses += [
-                _listed(own, rows, worse) for (rows, _), worse in zip(blocks[1:], others, strict=True) if len(rows)
-            ]
-        return self._mean(losses, logits)
+            for (rows, _), worse in zip(blocks[1:], others, strict=True):
+                counts.append(len(rows.unique()))
+                sums.append(_listed(own, rows, worse) * counts[-1] if len(rows) else logits.sum() * 0.0)
+        return sums, counts
 
     def _negatives(self, alike, wrong):
         """For each row others that are not its own (B,C), and which of them there are (B,C): the hardest for triplets, else drawn by how
@@ -587,32 +698,41 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             return alike.masked_fill(wrong, -torch.inf).argmax(dim=1, keepdim=True), ~wrong.all(dim=1, keepdim=True)
         return draw_negatives(alike, wrong, self.config.matching_negatives if self.config.matching == "ranking" else 1)
 
-    def _tokens_of(self, features, pair, presence):
-        """Rows (P,) that have both modalities of a pair, and {modality: tokens (P,T,D), mask (P,T) or None} of those."""
-        rows, tokens = self._both(presence, pair).nonzero().squeeze(1), {}
+    def _tokens_of(self, batch, pair, rows):
+        """{modality: tokens (P,T,D), mask (P,T) or None} of rows (P,) that have both modalities of a pair."""
+        tokens = {}
         for name in pair:
-            item = features[name].at(rows)
+            item = batch.features[name].at(rows)
             tokens[name] = item.spread(item.tokens), None if item.mask is None else item.spread(item.mask)
-        return rows, tokens
+        return tokens
 
-    def _alignment_loss(self, features, pair, presence, labels):
-        rows, tokens = self._tokens_of(features, pair, presence)
-        positive = positives_of(labels[rows], labels[rows])
-        losses = []
+    def _alignment_loss(self, batch, pair):
+        both = self._both(batch.presence, pair)
+        every, mine = both.nonzero().squeeze(1), batch.mine[both[batch.mine]]
+        there = self._tokens_of(batch, pair, every)
+        own = self._tokens_of(batch, pair, mine) if batch.shared else there
+        positive, sums, counts = positives_of(batch.labels[mine], batch.labels[every]), [], []
         for name, other in (pair, pair[::-1]):
-            scores = self.alignment(name, *tokens[name], other, *tokens[other])
-            for matrix in (scores, scores.T):
+            asks = self.alignment(name, *own[name], other, *there[other])
+            # What rows of `other` are asked by: in one process the same scores, read the other way.
+            asked = self.alignment(name, *there[name], other, *own[other]) if batch.shared else asks
+            for matrix in (asks, asked.T):
                 total, count = contrast(matrix, positive)
-                losses.append(total / count.clamp(min=1))
-        return torch.stack(losses).mean()
+                sums.append(total)
+                counts.append(count)
+        return batch.mean(sums, counts)
 
-    def _cross_loss(self, features, pair, presence):
-        """The note's penalty in both directions. Returns it, and what shows its collapse."""
-        _, tokens = self._tokens_of(features, pair, presence)
+    def _cross_loss(self, batch, pair):
+        """The note's penalty in both directions. Returns it, and what shows its collapse, {} where this process has no pair."""
+        rows = batch.mine[self._both(batch.presence, pair)[batch.mine]]
+        tokens = self._tokens_of(batch, pair, rows)
         (one, one_mask), (other, other_mask) = (tokens[name] for name in pair)
+        if not len(rows):
+            return batch.mean([one.sum() * 0.0], [0]), {}
         there, shown = cross_attention_penalty(one, other, one_mask, other_mask)
         back, shown_back = cross_attention_penalty(other, one, other_mask, one_mask)
-        return there + back, {key: (value + shown_back[key]) / 2 for key, value in shown.items()}
+        shown = {key: (value + shown_back[key]) / 2 for key, value in shown.items()}
+        return batch.mean([(there + back) * len(rows)], [len(rows)]), shown
 
 
 def _listed(own, rows, worse):

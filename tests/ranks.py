@@ -15,6 +15,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import zoo  # noqa: E402
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy  # noqa: E402
+from crossmodal.modeling import retrieval_crossmodal  # noqa: E402
 from crossmodal.training.gradient_cache import backward_in_parts  # noqa: E402
 from crossmodal.training.processes import on_main  # noqa: E402
 from crossmodal.training.trainer import GradientNorms  # noqa: E402
@@ -225,11 +226,62 @@ def contrasted():
         else:
             value = model(**batch).loss
             value.backward()
-        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-        for name, one in (gradients | {"loss": value.detach().clone()}).items():
-            if RANKS > 1:
-                dist.all_reduce(one)
-            found[f"{loss}, {chunk}, {cached}: {name}"] = one / RANKS
+        found |= over_ranks(f"{loss}, {chunk}, {cached}", model, value)
+    return found
+
+
+def matched():
+    """Loss and gradients of all losses, where ranks have an unequal part of eight rows and the last one no image at all. The negatives
+    are the hardest: what is drawn differs with the processes."""
+    rank, found = dist.get_rank() if RANKS > 1 else 0, {}
+    cases = {
+        "ranking": {"matching": "ranking", "matching_negatives": 3, "alignment": "recovery"},
+        "classifier": {"alignment": "late_interaction", "num_unimodal_layers": 1, "cross_weight": 0.1},
+        "cosine": {"matching": "cosine", "contrastive_loss": "info_nce", "detach_local": True},
+        "no pair on a rank": {"matching": "ranking", "matching_negatives": 2},
+    }
+    drawn = retrieval_crossmodal.draw_negatives
+    retrieval_crossmodal.draw_negatives = hardest_negatives
+    try:
+        for name, fields in cases.items():
+            for cached in (False, True):
+                torch.manual_seed(0)
+                config = config_of(projection_dim=8, matching_weight=1.0, alignment_weight=0.5, **fields)
+                model = CrossModalForRetrieval(config).train()
+                batch = zoo.tiny_batch(config, batch_size=8)
+                batch["labels"] = torch.tensor([[0, 0], [1, 1], [2, 0], [0, 3], [4, 4], [5, 5], [6, 1], [7, 7]])
+                batch["modality_mask"] = torch.ones(8, 3, dtype=torch.bool)
+                batch["modality_mask"][1, 0] = batch["modality_mask"][2, 2] = batch["modality_mask"][5:, 0] = False
+                if name == "no pair on a rank":
+                    batch["modality_mask"][5:, 1] = False
+                if RANKS > 1:
+                    batch = {key: value[:5] if rank == 0 else value[5:] for key, value in batch.items()}
+                    if rank == 1:
+                        batch.pop("pixel_values")
+                if cached:
+                    value = backward_in_parts(model, batch, 2).loss
+                else:
+                    value = model(**batch).loss
+                    value.backward()
+                found |= over_ranks(f"{name}, {cached}", model, value)
+    finally:
+        retrieval_crossmodal.draw_negatives = drawn
+    return found
+
+
+def hardest_negatives(scores, positive, count=1, generator=None):
+    found = scores.masked_fill(positive, -torch.inf).topk(min(count, scores.shape[1]), dim=1)
+    return found.indices, found.values > -torch.inf
+
+
+def over_ranks(name, model, value):
+    """Loss and gradients as DDP averages them."""
+    found = {}
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    for key, one in (gradients | {"loss": value.detach().clone()}).items():
+        if RANKS > 1:
+            dist.all_reduce(one)
+        found[f"{name}: {key}"] = one / RANKS
     return found
 
 
@@ -295,7 +347,7 @@ def everything():
         found["all losses"] = one_epoch(folder)
         found["disagreed"] = disagreed(folder)
     found |= {f"{case}, sharded": sharded(case) for case in COMPARED}
-    return found | {"contrast": contrasted()}
+    return found | {"contrast": contrasted(), "matching": matched()}
 
 
 if __name__ == "__main__":

@@ -85,6 +85,14 @@ def test_contrast_over_unequal_ranks_has_the_gradient_of_one_process_with_all_ro
     assert_same(two[0]["contrast"], one["contrast"], rtol=1e-4, atol=1e-6)
 
 
+def test_pairs_are_matched_over_the_rows_of_all_ranks(one, two):
+    """Also through the cache of gradients, which counts nothing twice."""
+    assert len(one["matching"]) > 500
+    for name in ("ranking", "classifier", "cosine"):
+        assert one["matching"][f"{name}, False: loss"] == pytest.approx(one["matching"][f"{name}, True: loss"].item())
+    assert_same(two[0]["matching"], one["matching"], rtol=1e-4, atol=2e-6)
+
+
 @pytest.mark.parametrize("case", ranks.COMPARED)
 def test_shards_of_layers_have_the_gradients_of_the_whole_model_though_one_rank_lacks_images(one, two, case):
     expected = one[f"{case}, sharded"]

@@ -58,7 +58,7 @@ def backward_in_parts(model, batch, rows_at_once, backward=None, context=None, s
             surrogate = sum(
                 (made * cached.grad).sum()
                 for name, item in again.items()
-                for made, cached in zip(_tensors(item), _tensors(found[name]), strict=True)
+                for made, cached in zip(item.tensors(), found[name].tensors(), strict=True)
                 if cached.grad is not None and made.requires_grad
             )
         if torch.is_tensor(surrogate):
@@ -78,12 +78,6 @@ def _part(collected, modality_mask, rows):
         used = used.to(values.device)
         part[name] = (values[used], None if mask is None else mask[used], inverse, encoded)
     return part, None if modality_mask is None else modality_mask[rows.to(modality_mask.device)]
-
-
-def _tensors(item):
-    """What of the features carries a gradient. Tokens may be the last level itself."""
-    own = [item.embeddings, *item.levels]
-    return own if any(item.tokens is level for level in item.levels) else [*own, item.tokens]
 
 
 def _as_leaves(item):
