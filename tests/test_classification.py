@@ -8,10 +8,11 @@ import pytest
 import torch
 import zoo
 from crossmodal.training.classification import ClassificationTask, RegressionTask, SentimentTask
-from crossmodal.training.datasets import DATASETS, RowDataset
+from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
 from crossmodal.training.protocols import PROTOCOLS
 from crossmodal.training.recipes import Recipe
+from crossmodal.training.schemas import DATASETS
 from crossmodal.training.statistics import take_statistics
 from crossmodal.training.train import train
 from PIL import Image

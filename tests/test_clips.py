@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 from crossmodal.training.clips import CLASSES, FRAMES_EACH, RATE, SECONDS_EACH, clips_dataset
-from crossmodal.training.datasets import RowDataset, load_rows
+from crossmodal.training.datasets import RowDataset
+from crossmodal.training.loading import load_rows
 from crossmodal.training.robustness import CORRUPTIONS
 from crossmodal.training.token_cache import content_key
 from PIL import Image

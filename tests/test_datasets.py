@@ -10,8 +10,10 @@ import soundfile
 import torch
 from crossmodal.training.building import train_tokenizer
 from crossmodal.training.collator import SampleCollator
-from crossmodal.training.datasets import AUGMENTATIONS, GroupedSampler, RowDataset, find_adapter, join_rows, load_rows
+from crossmodal.training.datasets import AUGMENTATIONS, GroupedSampler, RowDataset
+from crossmodal.training.loading import join_rows, load_rows
 from crossmodal.training.recipes import Recipe
+from crossmodal.training.schemas import find_adapter
 from crossmodal.training.tasks import VQATask
 from PIL import Image
 from world import color_rows, picture

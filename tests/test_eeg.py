@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from crossmodal.modeling.eeg_crossmodal import EEGEncoder, mutual_cross_attention
-from crossmodal.training.datasets import RowDataset, cut_recordings
+from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
+from crossmodal.training.loading import cut_recordings
 from crossmodal.training.protocols import PROTOCOLS, cross_validate, protocol_table
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.train import train
@@ -271,7 +272,7 @@ def test_signals_of_other_numbers_of_channels_do_not_mix():
 def test_protocols_hold_out_what_they_say():
     cut = cut_recordings(eeg_rows(3), ENTRIES)
     plain = list(cut.remove_columns("signal"))
-    from crossmodal.training.datasets import DATASETS
+    from crossmodal.training.schemas import DATASETS
 
     folds = {name: split(plain, DATASETS["eeg"], 2, 0) for name, split in PROTOCOLS.items()}
     of = {key: {} for key in folds}

@@ -6,11 +6,13 @@ import pickle
 import datasets
 import numpy as np
 import pytest
-from crossmodal.training.datasets import RowDataset, find_adapter, load_rows
+from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
 from crossmodal.training.layouts import KINETICS_SOUNDS
+from crossmodal.training.loading import load_rows
 from crossmodal.training.protocols import cross_validate
 from crossmodal.training.recipes import Recipe
+from crossmodal.training.schemas import find_adapter
 from crossmodal.training.train import train
 from world import noise, picture
 

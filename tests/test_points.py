@@ -17,8 +17,9 @@ from crossmodal.processing.reading_points_crossmodal import (
 )
 from crossmodal.training.ablate import variants_of
 from crossmodal.training.cli import app
-from crossmodal.training.datasets import RowDataset, hold_out
+from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
+from crossmodal.training.loading import hold_out
 from crossmodal.training.points import PointSegmentationTask, pseudo_labelled
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.rooms import ROOM_CLASSES, ROOM_POINTS, ROOM_VIEWS, draw_room, rooms_dataset, see

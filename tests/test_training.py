@@ -9,8 +9,9 @@ import pytest
 import torch
 from crossmodal.training.checkpoints import last_whole_checkpoint
 from crossmodal.training.collator import SampleCollator
-from crossmodal.training.datasets import RowDataset, hold_out
+from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
+from crossmodal.training.loading import hold_out
 from crossmodal.training.publish import export_folder, recipe_text
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.seeds import seeds_table, train_seeds

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from ..modeling.configuration_crossmodal import CrossModalConfig
 from .building import encoders_and_config
-from .datasets import RowDataset, contexts_of, load_rows, some_of
+from .datasets import RowDataset
+from .loading import contexts_of, load_rows, some_of
 from .processes import is_main
 from .recipes import nearest
 from .robustness import CorruptedDataset

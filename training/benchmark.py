@@ -295,7 +295,8 @@ def cached_training(recipe, rows=256, rounds=3):
 
     from .building import build
     from .collator import SampleCollator
-    from .datasets import RowDataset, load_rows, some_of
+    from .datasets import RowDataset
+    from .loading import load_rows, some_of
     from .tasks import TASKS, predict_logits
     from .token_cache import with_cached_tokens
 
@@ -361,7 +362,8 @@ def equal_training_time(recipe, peers=tuple(PEERS), patch=16, depth=2, write=pri
 
     from ..processing.processing_crossmodal import CrossModalProcessor
     from .collator import SampleCollator
-    from .datasets import RowDataset, load_rows, some_of
+    from .datasets import RowDataset
+    from .loading import load_rows, some_of
     from .train import train
 
     ours = train(recipe, export=False, write=write)

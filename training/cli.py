@@ -130,9 +130,9 @@ def evaluate(
 ):
     """Score a model on a split of a dataset."""
     quiet()
-    from .datasets import load_rows, some_of
     from .evaluate import evaluate as run
     from .evaluate import task_of
+    from .loading import load_rows, some_of
 
     loaded, processor = load_model(model)
     rows = some_of(load_rows(dataset, split, limit), limit, seed=0)
@@ -256,8 +256,8 @@ def index(
 ):
     """Index the images and texts of a dataset; a build that was cut off goes on where it was."""
     quiet()
-    from .datasets import load_rows
     from .index import CrossModalIndex, index_rows
+    from .loading import load_rows
 
     loaded, processor = load_model(model, "CrossModalForRetrieval")
     rows = load_rows(dataset, split)
@@ -300,7 +300,8 @@ def search(
     query = {"text": text} if image is None else {"images": read_image(image)}
     hits = found.search(top_k=top_k, rerank=rerank, **query)
     if output is not None:
-        from .datasets import RowDataset, load_rows
+        from .datasets import RowDataset
+        from .loading import load_rows
         from .pictures import search_grid
 
         samples = RowDataset(load_rows(dataset, split), "retrieval")

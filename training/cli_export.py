@@ -35,7 +35,7 @@ def export(
 
     rows = None
     if dataset is not None:
-        from .datasets import load_rows, some_of
+        from .loading import load_rows, some_of
 
         rows = some_of(load_rows(dataset, split, limit), limit, seed=0)
     loaded, processor = load_model(model)

@@ -58,9 +58,9 @@ def explain(
         if as_json:
             print_json({key: record[key] for key in ("answers", "modality_weights", "gates")})
         return
-    from .datasets import load_rows, some_of
     from .evaluate import samples_of, task_of
     from .explain import deletion_test
+    from .loading import load_rows, some_of
 
     rows = some_of(load_rows(dataset, split, limit), limit, seed)
     samples = samples_of(loaded, rows, task_of(loaded, rows.column_names))
@@ -316,8 +316,8 @@ def robustness(
 ):
     """Score a model with each modality missing or noisy, and write it into its card."""
     quiet()
-    from .datasets import load_rows
     from .evaluate import task_of
+    from .loading import load_rows
     from .robustness import add_to_folder
     from .robustness import robustness as run
 

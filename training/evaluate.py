@@ -1,6 +1,8 @@
 """A trained model on a split of a dataset."""
 
-from .datasets import DATASETS, RowDataset, contexts_of, cut_recordings, load_rows
+from .datasets import RowDataset
+from .loading import contexts_of, cut_recordings, load_rows
+from .schemas import DATASETS
 from .tasks import TASKS, name_of
 
 

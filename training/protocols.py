@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from .building import encoders_and_config
-from .datasets import DATASETS, cut_recordings, find_adapter, load_rows
+from .loading import cut_recordings, load_rows
+from .schemas import DATASETS, find_adapter
 from .seeds import deviation, over
 from .tasks import TASKS
 from .train import train

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from ..processing.chat_crossmodal import is_conversation
 from .card import put_section
-from .datasets import load_rows
 from .evaluate import samples_of, task_of
+from .loading import load_rows
 
 
 @dataclass(frozen=True)

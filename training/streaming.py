@@ -12,7 +12,8 @@ from itertools import accumulate, count, islice, repeat
 import fsspec
 from torch.utils.data import Sampler
 
-from .datasets import BrokenSample, RowDataset, SampleReader, load_source
+from .datasets import BrokenSample, RowDataset, SampleReader
+from .loading import load_source
 
 
 # Columns of what the files of a WebDataset sample are called by their endings, where they are called otherwise.

@@ -13,8 +13,9 @@ from transformers.trainer_utils import has_length
 from .building import build, encoders_and_config
 from .checkpoints import last_whole_checkpoint, write_whole
 from .console import load_config
-from .datasets import BrokenSample, RowDataset, contexts_of, cut_recordings, hold_out, load_rows, some_of
+from .datasets import BrokenSample, RowDataset
 from .hub import publish
+from .loading import contexts_of, cut_recordings, hold_out, load_rows, some_of
 from .lora import add_lora, describe, merged, save_adapter
 from .plots import learning_curves_plot
 from .points import labels_table, pseudo_labelled, second_stage

@@ -12,7 +12,8 @@ from transformers import set_seed
 
 from .building import build, encoders_and_config
 from .checkpoints import last_whole_checkpoint
-from .datasets import RowDataset, contexts_of, load_rows, some_of
+from .datasets import RowDataset
+from .loading import contexts_of, load_rows, some_of
 from .processes import on_main
 from .tasks import TASKS
 from .token_cache import with_cached_tokens
