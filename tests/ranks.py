@@ -207,20 +207,13 @@ def evaluated(case, folder, rows=7):
 
 def contrasted():
     """Loss and gradients of contrast, where ranks have an unequal part of eight rows and the last one no image at all."""
-    rank = dist.get_rank() if RANKS > 1 else 0
     found = {}
     for loss, chunk, cached in (("info_nce", None, False), ("info_nce", 2, True), ("sigmoid", None, True)):
         torch.manual_seed(0)
         config = config_of(projection_dim=8, matching_weight=0.0, contrastive_loss=loss, contrastive_chunk_size=chunk)
         model = CrossModalForRetrieval(config).train()
-        batch = zoo.tiny_batch(config, batch_size=8)
-        batch["labels"] = torch.tensor([[0, 0], [1, 1], [2, 0], [0, 3], [4, 4], [5, 5], [6, 1], [7, 7]])
-        batch["modality_mask"] = torch.ones(8, 3, dtype=torch.bool)
-        batch["modality_mask"][1, 0] = batch["modality_mask"][2, 2] = batch["modality_mask"][5:, 0] = False
-        if RANKS > 1:
-            batch = {key: value[:5] if rank == 0 else value[5:] for key, value in batch.items()}
-            if rank == 1 and not cached:
-                batch.pop("pixel_values")
+        batch = eight_rows(config)
+        batch = part_of_rank(batch, images=cached)
         if cached:
             value = backward_in_parts(model, batch, 2).loss
         else:
@@ -233,7 +226,7 @@ def contrasted():
 def matched():
     """Loss and gradients of all losses, where ranks have an unequal part of eight rows and the last one no image at all. The negatives
     are the hardest: what is drawn differs with the processes."""
-    rank, found = dist.get_rank() if RANKS > 1 else 0, {}
+    found = {}
     cases = {
         "ranking": {"matching": "ranking", "matching_negatives": 3, "alignment": "recovery"},
         "classifier": {"alignment": "late_interaction", "num_unimodal_layers": 1, "cross_weight": 0.1},
@@ -248,16 +241,10 @@ def matched():
                 torch.manual_seed(0)
                 config = config_of(projection_dim=8, matching_weight=1.0, alignment_weight=0.5, **fields)
                 model = CrossModalForRetrieval(config).train()
-                batch = zoo.tiny_batch(config, batch_size=8)
-                batch["labels"] = torch.tensor([[0, 0], [1, 1], [2, 0], [0, 3], [4, 4], [5, 5], [6, 1], [7, 7]])
-                batch["modality_mask"] = torch.ones(8, 3, dtype=torch.bool)
-                batch["modality_mask"][1, 0] = batch["modality_mask"][2, 2] = batch["modality_mask"][5:, 0] = False
+                batch = eight_rows(config)
                 if name == "no pair on a rank":
                     batch["modality_mask"][5:, 1] = False
-                if RANKS > 1:
-                    batch = {key: value[:5] if rank == 0 else value[5:] for key, value in batch.items()}
-                    if rank == 1:
-                        batch.pop("pixel_values")
+                batch = part_of_rank(batch)
                 if cached:
                     value = backward_in_parts(model, batch, 2).loss
                 else:
@@ -267,6 +254,26 @@ def matched():
     finally:
         retrieval_crossmodal.draw_negatives = drawn
     return found
+
+
+def eight_rows(config):
+    """Rows of which some share a picture or a text, and some lack a modality, the last three their image."""
+    batch = zoo.tiny_batch(config, batch_size=8)
+    batch["labels"] = torch.tensor([[0, 0], [1, 1], [2, 0], [0, 3], [4, 4], [5, 5], [6, 1], [7, 7]])
+    batch["modality_mask"] = torch.ones(8, 3, dtype=torch.bool)
+    batch["modality_mask"][1, 0] = batch["modality_mask"][2, 2] = batch["modality_mask"][5:, 0] = False
+    return batch
+
+
+def part_of_rank(batch, images=False):
+    """Five of eight rows for the first rank, three for the second, which has no images where it need not."""
+    if RANKS == 1:
+        return batch
+    last = dist.get_rank() == 1
+    batch = {key: value[5:] if last else value[:5] for key, value in batch.items()}
+    if last and not images:
+        batch.pop("pixel_values")
+    return batch
 
 
 def hardest_negatives(scores, positive, count=1, generator=None):
