@@ -23,8 +23,8 @@ from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel
 class FusedMemory(ModelOutput):
     """What a decoder reads, the `encoder_outputs` of generation.
 
-    last_hidden_state (B,1+S,D): the pooled vector of all modalities, and their fused tokens; attention_mask (B,1+S) bool;
-    modality_weights (B,M).
+    last_hidden_state (B,1+S,D): the pooled vector of all modalities, and their fused tokens; attention_mask (B,1+S) bool,
+    or None where all of them are real; modality_weights (B,M).
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -327,7 +327,11 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
                     f"{[self.config.input_keys(name)[0] for name in self.config.modality_names]}, or encoder_outputs."
                 )
             with torch.no_grad():
-                kwargs["encoder_outputs"] = self.encode(**given)
+                memory = self.encode(**given)
+            if memory.attention_mask.all():
+                # Attention without a mask is cheaper, at every word.
+                memory = FusedMemory(**{**memory, "attention_mask": None})
+            kwargs["encoder_outputs"] = memory
         start = kwargs.get("decoder_input_ids", kwargs.get("decoder_inputs_embeds"))
         if start is not None:
             self._check_length(start.shape[1] + 1, None)
@@ -345,7 +349,8 @@ class CrossModalForCaptioning(CrossModalPreTrainedModel, GenerationMixin):
     ):
         """What the next forward reads: the words that the cache does not hold yet."""
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        given = {"decoder_input_ids": input_ids[:, past:]}
+        # A part of the words has another stride at every word, for each of which torch.compile would compile anew.
+        given = {"decoder_input_ids": input_ids[:, past:].clone(memory_format=torch.contiguous_format)}
         if decoder_inputs_embeds is not None and past == 0:
             given = {"decoder_inputs_embeds": decoder_inputs_embeds}
         return given | {

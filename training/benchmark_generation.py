@@ -83,17 +83,12 @@ CONTENDERS = {
 }
 
 
-def _decoder_of(model):
-    """What runs at every word, and is what there is to compile."""
-    return next(getattr(model, name) for name in ("text_decoder", "decoder") if hasattr(model, name))
-
-
 def compare(size="tiny", rounds=7, batches=(1, 8), compiled=False, device=None, write=print):
     """New words per second of `generate`, 25 words from an image each, whatever is written.
 
     Args:
         size: row of `SIZES`. rounds: of measuring in turn. batches: images at once.
-        compiled: also greedy search with a static cache, and with that and a compiled decoder, where a model takes it.
+        compiled: also greedy search with a static cache, and with that and a compiled forward, where a model takes it.
 
     Returns:
         list of `{"mode", "search", "batch", "model", "words_per_second", "ours_over_this", "parameters"}`, the ratio a median over
@@ -119,8 +114,8 @@ def compare(size="tiny", rounds=7, batches=(1, 8), compiled=False, device=None, 
                 failed[name] = refused[name]
                 continue
             if mode == "static cache, compiled":
-                decoder = _decoder_of(model)
-                decoder.forward = torch.compile(type(decoder).forward, dynamic=False).__get__(decoder)
+                # What runs at every word: the encoder has run before, by itself.
+                model.forward = torch.compile(type(model).forward, dynamic=False).__get__(model)
             run = _writes(model, pixels, options)
             try:
                 run()
@@ -131,7 +126,7 @@ def compare(size="tiny", rounds=7, batches=(1, 8), compiled=False, device=None, 
         times = in_turn(runs, device, rounds)
         for name, model in models.items():
             if mode == "static cache, compiled" and name not in refused:
-                del _decoder_of(model).forward
+                del model.forward
             row = {"mode": mode, "search": search, "batch": batch, "model": name}
             row |= {"words_per_second": None, "ours_over_this": None, "why": failed.get(name)}
             if name in times:
