@@ -81,10 +81,30 @@ class ModalityFeatures:
         """The features of `rows` (P,) of the batch, each distinct input kept once; present (P,) bool or None."""
         return replace(self, index=rows if self.index is None else self.index[rows], present=present)
 
+    @property
+    def level_of_tokens(self):
+        """Which of the levels the tokens are, or None where they are none of them."""
+        return next((depth for depth, level in enumerate(self.levels) if level is self.tokens), None)
+
     def tensors(self):
-        """What of the features carries a gradient, each once: tokens may be one of the levels."""
+        """What of the features carries a gradient, each once."""
         own = [self.embeddings, *self.levels]
-        return own if any(self.tokens is level for level in self.levels) else [*own, self.tokens]
+        return own if self.level_of_tokens is not None else [*own, self.tokens]
+
+    def like(self, tensors, mask, index, present):
+        """Features of other rows, made of what `tensors` gives of them."""
+        embeddings, *levels = tensors
+        depth = self.level_of_tokens
+        tokens = levels.pop() if depth is None else levels[depth]
+        return ModalityFeatures(embeddings, levels, tokens, mask, index, present)
+
+    def explicit(self, count):
+        """The same `count` rows with mask, index and present said."""
+        device = self.embeddings.device
+        mask = torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=device) if self.mask is None else self.mask
+        index = torch.arange(count, device=device) if self.index is None else self.index
+        present = torch.ones_like(index, dtype=torch.bool) if self.present is None else self.present
+        return replace(self, mask=mask, index=index, present=present)
 
     def in_use(self):
         """The same rows, of the distinct inputs those alone that they take."""
@@ -121,6 +141,39 @@ class ModalityFeatures:
         embeddings = torch.cat([item.embeddings for item in items])
         return cls(embeddings, levels, None, None if mask.all() else mask)
 
+    @classmethod
+    def joined(cls, parts, counts):
+        """Features of batches with `counts` rows each as those of all their rows; None is a batch without the modality."""
+        parts = [item if item is None else item.explicit(count) for item, count in zip(parts, counts, strict=True)]
+        there = [item for item in parts if item is not None]
+        device, length = there[0].mask.device, max(item.mask.shape[1] for item in there)
+        offset, index, present = 0, [], []
+        for item, count in zip(parts, counts, strict=True):
+            index.append(torch.zeros(count, dtype=torch.long, device=device) if item is None else item.index + offset)
+            present.append(torch.zeros(count, dtype=torch.bool, device=device) if item is None else item.present)
+            offset += 0 if item is None else len(item.embeddings)
+        mask = torch.cat([nn.functional.pad(item.mask, (0, length - item.mask.shape[1])) for item in there])
+        tensors = [
+            torch.cat([_padded(values, length) for values in alike])
+            for alike in zip(*(item.tensors() for item in there), strict=True)
+        ]
+        present = torch.cat(present)
+        return there[0].like(
+            tensors, None if mask.all() else mask, torch.cat(index), None if present.all() else present
+        )
+
+
+def _padded(values, length):
+    """Tokens (U,T,D) to (U,length,D); vectors (U,E) as they are."""
+    return values if values.dim() < 3 else nn.functional.pad(values, (0, 0, 0, length - values.shape[1]))
+
+
+def _exchanged(tensors, shapes):
+    """Tensors of all processes, in one exchange: those of the first in order, then those of the next, of the `shapes` they have there."""
+    flat = gather(torch.cat([values.flatten() for values in tensors]))
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return iter([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+
 
 @dataclass
 class _Batch:
@@ -141,44 +194,33 @@ class _Batch:
 
         Numbers travel in one exchange: processes that lack different modalities must agree on the order of their gradients.
         """
-        items = [self.features[name] for name in names]
-        lengths = torch.tensor([item.tokens.shape[1] for item in items], device=self.presence.device)
+        count, device = len(self.presence), self.presence.device
+        items = [self.features[name].explicit(count) for name in names]
         # Rows of each process, and distinct inputs and tokens of each of its modalities.
-        sizes = [[len(self.presence), *(size for item in items for size in item.tokens.shape[:2])]]
-        sizes = gather(torch.tensor(sizes, device=lengths.device)).tolist()
-        own = [values for item in items for values in item.tensors()]
-        flat = gather(torch.cat([values.float().flatten() for values in own]))
-        rank = torch.distributed.get_rank()
-        found, place = {name: [] for name in names}, 0
-        for _, *shapes in sizes:
-            for name, item, inputs, tokens in zip(names, items, shapes[::2], shapes[1::2], strict=True):
-                there = []
-                for values in item.tensors():
-                    shape = (inputs, *(() if values.dim() == 2 else (tokens,)), values.shape[-1])
-                    count = math.prod(shape)
-                    there.append(flat[place : place + count].view(shape).to(values.dtype))
-                    place += count
-                found[name].append(there)
-        features = {}
-        for number, (name, item) in enumerate(zip(names, items, strict=True)):
-            longest = max(size[2 + 2 * number] for size in sizes)
-            embeddings, *levels = (
-                torch.cat([_padded(v, longest) for v in every]) for every in zip(*found[name], strict=True)
-            )
-            same = [level for level, here in zip(levels, item.levels, strict=False) if here is item.tokens]
-            tokens = same[0] if same else levels.pop()
-            before = sum(size[1 + 2 * number] for size in sizes[:rank])
-            rows = torch.arange(len(self.presence), device=lengths.device) if item.index is None else item.index
-            mask = (
-                torch.ones(item.tokens.shape[:2], dtype=torch.bool, device=lengths.device)
-                if item.mask is None
-                else item.mask
-            )
-            present = torch.ones_like(rows, dtype=torch.bool) if item.present is None else item.present
-            mask = gather(nn.functional.pad(mask, (0, longest - mask.shape[1])))
-            features[name] = ModalityFeatures(embeddings, levels, tokens, mask, gather(rows + before), gather(present))
-        start = sum(size[0] for size in sizes[:rank])
-        mine = torch.arange(start, start + len(self.presence), device=lengths.device)
+        sizes = [[count, *(size for item in items for size in item.mask.shape)]]
+        sizes = gather(torch.tensor(sizes, device=device)).tolist()
+        inputs = [(rows, *size) for rows, *own in sizes for size in zip(own[::2], own[1::2], strict=True)]
+        vectors = _exchanged(
+            [values.float() for item in items for values in item.tensors()],
+            [
+                (distinct, *(length,) * (values.dim() - 2), values.shape[-1])
+                for (_, distinct, length), item in zip(inputs, items * len(sizes), strict=True)
+                for values in item.tensors()
+            ],
+        )
+        marks = _exchanged(
+            [values.long() for item in items for values in (item.mask, item.index, item.present)],
+            [shape for rows, *size in inputs for shape in (size, (rows,), (rows,))],
+        )
+        found = {name: [] for name in names}
+        for _ in sizes:
+            for name, item in zip(names, items, strict=True):
+                tensors = [next(vectors).to(values.dtype) for values in item.tensors()]
+                mask, index, present = (next(marks) for _ in range(3))
+                found[name].append(item.like(tensors, mask.bool(), index, present.bool()))
+        counts, rank = [rows for rows, *_ in sizes], torch.distributed.get_rank()
+        features = {name: ModalityFeatures.joined(parts, counts) for name, parts in found.items()}
+        mine = torch.arange(count, device=device) + sum(counts[:rank])
         return _Batch(features, gather(self.presence), gather(self.labels), mine, True)
 
     def mean(self, sums, counts):
@@ -190,11 +232,6 @@ class _Batch:
             # Averaged over processes, as DDP does with gradients, it is the mean over all.
             sums = sums * torch.distributed.get_world_size()
         return (sums / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
-
-
-def _padded(values, length):
-    """Tokens (U,T,D) to (U,length,D); vectors (U,E) as they are."""
-    return values if values.dim() < 3 else nn.functional.pad(values, (0, 0, 0, length - values.shape[1]))
 
 
 class Temperature(nn.Module):

@@ -212,14 +212,8 @@ def contrasted():
         torch.manual_seed(0)
         config = config_of(projection_dim=8, matching_weight=0.0, contrastive_loss=loss, contrastive_chunk_size=chunk)
         model = CrossModalForRetrieval(config).train()
-        batch = eight_rows(config)
-        batch = part_of_rank(batch, images=cached)
-        if cached:
-            value = backward_in_parts(model, batch, 2).loss
-        else:
-            value = model(**batch).loss
-            value.backward()
-        found |= over_ranks(f"{loss}, {chunk}, {cached}", model, value)
+        batch = part_of_rank(eight_rows(config), images=cached)
+        found |= over_ranks(f"{loss}, {chunk}, {cached}", model, batch, cached)
     return found
 
 
@@ -244,13 +238,7 @@ def matched():
                 batch = eight_rows(config)
                 if name == "no pair on a rank":
                     batch["modality_mask"][5:, 1] = False
-                batch = part_of_rank(batch)
-                if cached:
-                    value = backward_in_parts(model, batch, 2).loss
-                else:
-                    value = model(**batch).loss
-                    value.backward()
-                found |= over_ranks(f"{name}, {cached}", model, value)
+                found |= over_ranks(f"{name}, {cached}", model, part_of_rank(batch), cached)
     finally:
         retrieval_crossmodal.draw_negatives = drawn
     return found
@@ -281,9 +269,14 @@ def hardest_negatives(scores, positive, count=1, generator=None):
     return found.indices, found.values > -torch.inf
 
 
-def over_ranks(name, model, value):
-    """Loss and gradients as DDP averages them."""
+def over_ranks(name, model, batch, cached):
+    """Loss and gradients of a batch as DDP averages them, with the cache of gradients or without."""
     found = {}
+    if cached:
+        value = backward_in_parts(model, batch, 2).loss
+    else:
+        value = model(**batch).loss
+        value.backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     for key, one in (gradients | {"loss": value.detach().clone()}).items():
         if RANKS > 1:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import zoo
-from crossmodal.training.gradient_cache import _merge, _part, backward_in_parts
+from crossmodal.training.gradient_cache import _joined, _part, backward_in_parts
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.train import train
 from peft import LoraConfig, get_peft_model
@@ -74,7 +74,7 @@ def test_parts_are_encoded_again_with_the_same_random_numbers():
     found = [model._features_of(*_part(collected, None, rows)) for rows in torch.arange(6).split(2)]
     presence = torch.cat([there for _, there in found])
     assert not presence.all()
-    model._output(_merge([features for features, _ in found], [2, 2, 2]), presence).loss.backward()
+    model._output(_joined([features for features, _ in found], [2, 2, 2]), presence).loss.backward()
     expected = gradients(model)
     model.zero_grad()
     torch.manual_seed(9)

@@ -6,7 +6,6 @@ Letters: B batch, U distinct inputs, T tokens, D hidden_size.
 from contextlib import nullcontext
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..modeling.retrieval_crossmodal import ModalityFeatures
@@ -47,7 +46,7 @@ def backward_in_parts(model, batch, rows_at_once, backward=None, context=None, s
             presence.append(there)
     leaves = [{name: _as_leaves(item) for name, item in found.items()} for found in kept]
     with context():
-        whole, there = _merge(leaves, [len(rows) for rows in parts]), torch.cat(presence)
+        whole, there = _joined(leaves, [len(rows) for rows in parts]), torch.cat(presence)
         output = head._output(whole, there, labels)
     send(scale * output.loss)
     for rows, state, found in zip(parts, states, leaves, strict=True):
@@ -80,53 +79,15 @@ def _part(collected, modality_mask, rows):
     return part, None if modality_mask is None else modality_mask[rows.to(modality_mask.device)]
 
 
-def _as_leaves(item):
-    embeddings = item.embeddings.detach().requires_grad_()
-    levels = [level.detach().requires_grad_() for level in item.levels]
-    same = [level for level, own in zip(levels, item.levels, strict=True) if own is item.tokens]
-    tokens = same[0] if same else item.tokens.detach().requires_grad_()
-    return ModalityFeatures(embeddings, levels, tokens, item.mask, item.index, item.present)
-
-
-def _merge(found, counts):
+def _joined(found, counts):
     """{modality: ModalityFeatures} of parts with `counts` rows to those of all rows."""
-    merged = {}
-    for name in dict.fromkeys(name for part in found for name in part):
-        items = [part.get(name) for part in found]
-        length = max(item.tokens.shape[1] for item in items if item is not None)
-        there = [item for item in items if item is not None]
-        offset, index, present, masks = 0, [], [], []
-        for item, count in zip(items, counts, strict=True):
-            device = there[0].embeddings.device
-            if item is None:
-                index.append(torch.zeros(count, dtype=torch.long, device=device))
-                present.append(torch.zeros(count, dtype=torch.bool, device=device))
-                continue
-            own = torch.arange(count, device=device) if item.index is None else item.index
-            index.append(own + offset)
-            present.append(torch.ones_like(own, dtype=torch.bool) if item.present is None else item.present)
-            mask = item.mask
-            if mask is None:
-                mask = torch.ones(item.tokens.shape[:2], dtype=torch.bool, device=device)
-            masks.append(nn.functional.pad(mask, (0, length - mask.shape[1])))
-            offset += len(item.embeddings)
-        present, mask = torch.cat(present), torch.cat(masks)
-        levels = [
-            torch.cat([_padded(item.levels[depth], length) for item in there]) for depth in range(len(there[0].levels))
-        ]
-        merged[name] = ModalityFeatures(
-            torch.cat([item.embeddings for item in there]),
-            levels,
-            torch.cat([_padded(item.tokens, length) for item in there]),
-            None if mask.all() else mask,
-            torch.cat(index),
-            None if present.all() else present,
-        )
-    return merged
+    names = dict.fromkeys(name for part in found for name in part)
+    return {name: ModalityFeatures.joined([part.get(name) for part in found], counts) for name in names}
 
 
-def _padded(tokens, length):
-    return nn.functional.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
+def _as_leaves(item):
+    tensors = [values.detach().requires_grad_() for values in item.tensors()]
+    return item.like(tensors, item.mask, item.index, item.present)
 
 
 def _on_device(collected):
