@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ..modeling.retrieval_crossmodal import ModalityFeatures
+from ..modeling.features_crossmodal import ModalityFeatures
 
 
 def backward_in_parts(model, batch, rows_at_once, backward=None, context=None, scale=1.0):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..modeling.retrieval_crossmodal import ModalityFeatures
+from ..modeling.features_crossmodal import ModalityFeatures
 from .collator import SampleCollator
 
 
