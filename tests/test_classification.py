@@ -16,6 +16,7 @@ from crossmodal.training.schemas import DATASETS
 from crossmodal.training.statistics import take_statistics
 from crossmodal.training.train import train
 from PIL import Image
+from transformers import ViTImageProcessorPil
 from world import TINY_RECIPE, picture, run_as_stranger, tiny_processor_and_model
 
 from crossmodal import (
@@ -103,6 +104,30 @@ def post_rows(count=24):
     ]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+def test_a_pretrained_encoder_that_is_trained_is_compared_with_what_it_was(tmp_path):
+    _, model = tiny_processor_and_model()
+    encoder = tmp_path / "encoder"
+    model.crossmodal.encoders["vision"].save_pretrained(encoder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(encoder)
+    found = {}
+    for name, change in {
+        "frozen": {"freeze": ["vision"]},
+        "trained": {},
+        "low rank": {"freeze": ["vision"], "lora": "vision"},
+    }.items():
+        values = copy.deepcopy(TINY_RECIPE) | {
+            "task": "classification",
+            "dataset": "posts",
+            "output_dir": str(tmp_path / name),
+            "lora": change.pop("lora", None),
+        }
+        values["model"] = {"encoders": {"vision": str(encoder)}, "config": values["model"]["config"]} | change
+        values["training"] |= {"num_train_epochs": 1, "learning_rate": 0.1}
+        result = train(Recipe(**values, name="posts"), post_rows(48), post_rows(12), write=lambda line: None)
+        found[name] = result["baselines"]["logistic regression on plain features"]
+    assert found["trained"] == found["frozen"] == found["low rank"]
 
 
 def test_a_run_on_labelled_posts_ends_in_a_folder_that_a_stranger_loads(tmp_path):

@@ -394,3 +394,11 @@ def test_seeds_are_trained_once_each_and_summed_up(tmp_path):
     with pytest.raises(ValueError, match="holds a run with another holdout"):
         train_seeds(other, 1, color_rows(24), color_rows(12), write=said.append)
     assert CrossModalForVQA.from_pretrained(tmp_path / "seed-43").config.num_labels == 3
+
+
+def test_no_is_a_strategy_in_yaml(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "task: vqa\ndataset: d\noutput_dir: o\nmodel: {preset: tiny}\ntraining: {eval_strategy: no}\n"
+    )
+    training = Recipe.load(str(tmp_path / "r.yaml"), ["training.save_strategy=no"]).training
+    assert training["eval_strategy"] == training["save_strategy"] == "no"

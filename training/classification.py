@@ -22,6 +22,7 @@ class ClassificationTask(Task):
     percent = 100
     metrics = ("accuracy", "weighted_f1", "macro_f1", "ece", "map")
     main_metric = "accuracy"
+    reads_features = True
 
     def __init__(self, id2label, problem_type, thresholds=None):
         # JSON sorts numbers as words: 0, 1, 10, 2.
@@ -245,6 +246,7 @@ class RegressionTask(Task):
     percent = 1
     metrics = ("mae", "rmse", "corr", "r2")
     main_metric = "mae"
+    reads_features = True
     label2id = {"score": 0}
     answers = {"id2label": {0: "score"}, "problem_type": "regression"}
 
@@ -374,7 +376,7 @@ _LINEAR = "logistic regression on plain features"
 def plain_features(model, processor, samples, name, batch_size=64, progress=True):
     """What a linear model is given of one modality: (N,W), zeros for rows that lack it, or None for a kind that has no such features.
 
-    Of a frozen encoder the mean of its deepest tokens. Else of feature sequences, sound and EEG mean and deviation over time of what
+    Of a frozen encoder the mean of its deepest tokens (so does `train` give pretrained ones that it trains). Else of feature sequences, sound and EEG mean and deviation over time of what
     the processor makes of them; with a context only the row's own place in it.
     """
     kind = model.config.modality_settings[name]["type"]

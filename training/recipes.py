@@ -149,6 +149,11 @@ class Recipe:
             raise ValueError(f"task={self.task!r} is unknown. Expected one of {nearest(self.task, TASKS)}.")
         if isinstance(self.lora, str):
             self.lora = {"preset": self.lora}
+        # YAML reads `no` as false.
+        self.training = {
+            key: "no" if value is False and key.endswith("_strategy") else value
+            for key, value in self.training.items()
+        }
         for section, keys in self._SECTIONS.items():
             for key in getattr(self, section) or ():
                 if key not in keys:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -156,7 +157,8 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
     if not streams:
         known = train_dataset.without(broken) if broken else datasets["training"]
         try:
-            baselines |= task.baselines(trainer.model, processor, known.unaugmented(), datasets["evaluation"])
+            read_by = _before_training(recipe, task, trainer.model, train_dataset)
+            baselines |= task.baselines(read_by, processor, known.unaugmented(), datasets["evaluation"])
         except BrokenSample as error:
             if not skip:
                 raise
@@ -183,6 +185,17 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         if training["push_to_hub"]:
             write(f"published: {publish(output, trainer.hub_model_id)['url']}")
     return result | {"model": trainer.model, "processor": processor, "log": trainer.state.log_history}
+
+
+def _before_training(recipe, task, model, train_dataset):
+    """The model that baselines read features by: where pretrained encoders were trained, one that has them as they came."""
+    entries = encoders_and_config(recipe)[0]
+    pretrained = {name for name, entry in entries.items() if isinstance(entry["model"], str)}
+    trained = pretrained if recipe.lora else pretrained - set(model.config.frozen_modalities)
+    if not (task.reads_features and trained):
+        return model
+    resting = replace(recipe, model=recipe.model | {"freeze": sorted(pretrained)})
+    return build(resting, task, [train_dataset])[0].to(model.device)
 
 
 def _merge(recipe, trainer, processor, base, folder):
