@@ -193,6 +193,8 @@ def to_int8(path, target):
             op_types_to_quantize=["MatMul", "Gemm", "Gather"],
             weight_type=QuantType.QInt8,
             per_channel=True,
+            # Processors without VNNI add products of two 8-bit numbers up in 16 bits, which overflow: weights of 7 bits do not.
+            reduce_range=True,
         )
     finally:
         logger.setLevel(level)
