@@ -164,11 +164,14 @@ class ConvolutionPooling(nn.Module):
 
     def forward(self, maps):
         """maps (B,h,w,n*d), 0 where they are padding. Returns (B,h',w',n,d)."""
-        heads = maps.shape[3] // self.conv.out_channels
-        # Heads stand in the batch, so that they share the kernel.
-        maps = maps.unflatten(3, (heads, -1)).permute(0, 3, 4, 1, 2)
-        pooled = self.conv(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
-        return self.norm(pooled.permute(0, 3, 4, 1, 2))
+        conv, channels = self.conv, maps.shape[3]
+        heads = channels // conv.out_channels
+        # One convolution over the channels of all heads, which lie side by side: nothing is copied on the way.
+        weight = conv.weight.repeat(heads, 1, 1, 1)
+        pooled = nn.functional.conv2d(
+            maps.permute(0, 3, 1, 2), weight, stride=conv.stride, padding=conv.padding, groups=channels
+        )
+        return self.norm(pooled.permute(0, 2, 3, 1).unflatten(3, (heads, -1)))
 
 
 class RelativePositions(nn.Module):
