@@ -396,6 +396,10 @@ def _encode_frames(encoder, values, mask, levels, frame_tokens):
 def _run_transformers_encoder(encoder, kind, values, mask):
     """All levels of a transformers encoder, and the mask of its tokens."""
     if kind == "vision" and has_batch_norm(encoder):
+        if values.dim() != 4:
+            raise ValueError(
+                f"images of shape {tuple(values.shape)} were given. Expected (batch, channels, height, width)."
+            )
         # Convolutions and poolings follow the layout of what comes in, and are faster where channels lie side by side.
         values = values.contiguous(memory_format=torch.channels_last)
     arguments = {encoder.main_input_name: values}

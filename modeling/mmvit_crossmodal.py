@@ -154,24 +154,28 @@ def _on_grid(mask, maps):
     return None if mask is None else mask[:, None].expand(-1, maps.shape[1], -1).flatten(1)
 
 
+class HeadwiseConv2d(nn.Conv2d):
+    """A depthwise convolution of d channels on maps (B,n*d,h,w) of n heads, which share its kernels."""
+
+    def forward(self, maps):
+        heads, channels = maps.shape[1] // self.out_channels, maps.shape[1]
+        weight = self.weight.repeat(heads, 1, 1, 1)
+        return nn.functional.conv2d(maps, weight, self.bias, self.stride, self.padding, groups=channels)
+
+
 class ConvolutionPooling(nn.Module):
     """P: LN of a depthwise 3x3 convolution on the channels of a head, shared by all heads."""
 
     def __init__(self, head_dim, stride, eps):
         super().__init__()
-        self.conv = nn.Conv2d(head_dim, head_dim, 3, stride=stride, padding=1, groups=head_dim, bias=False)
+        self.conv = HeadwiseConv2d(head_dim, head_dim, 3, stride=stride, padding=1, groups=head_dim, bias=False)
         self.norm = nn.LayerNorm(head_dim, eps=eps)
 
     def forward(self, maps):
         """maps (B,h,w,n*d), 0 where they are padding. Returns (B,h',w',n,d)."""
-        conv, channels = self.conv, maps.shape[3]
-        heads = channels // conv.out_channels
-        # One convolution over the channels of all heads, which lie side by side: nothing is copied on the way.
-        weight = conv.weight.repeat(heads, 1, 1, 1)
-        pooled = nn.functional.conv2d(
-            maps.permute(0, 3, 1, 2), weight, stride=conv.stride, padding=conv.padding, groups=channels
-        )
-        return self.norm(pooled.permute(0, 2, 3, 1).unflatten(3, (heads, -1)))
+        # Channels of all heads lie side by side: nothing is copied on the way.
+        pooled = self.conv(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.norm(pooled.unflatten(3, (-1, self.conv.out_channels)))
 
 
 class RelativePositions(nn.Module):

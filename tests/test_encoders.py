@@ -80,6 +80,13 @@ def test_convolutions_with_batch_norm_run_with_channels_side_by_side(model_type)
         assert values.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_one_image_without_its_batch_is_refused_by_convolutions():
+    model, _, batch = compose("resnet", CrossModalModel, levels=[-1])
+    image = batch["pixel_values"][0]
+    with pytest.raises(ValueError, match=r"images of shape .* Expected \(batch, channels, height, width\)"):
+        model(pixel_values=image)
+
+
 @pytest.mark.parametrize("model_type", ["swin", "resnet", "mobilenet_v2", "convnext"])
 def test_levels_of_a_pyramid_are_averaged_onto_the_grid_of_the_deepest(model_type):
     model, name, batch = compose(model_type, CrossModalModel, levels=[1, -1])
