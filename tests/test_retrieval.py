@@ -3,6 +3,8 @@
 import pytest
 import torch
 import zoo
+from crossmodal.modeling import retrieval_crossmodal
+from crossmodal.modeling.features_crossmodal import rows_by_length
 from test_modeling import CLOSE, lively
 
 from crossmodal import CrossModalForRetrieval
@@ -75,6 +77,36 @@ def test_ranking_pairs_from_features_equals_the_pairs_themselves(fusion_type, qu
     torch.testing.assert_close(model.rank(pairs), expected, **CLOSE)
     model.config.rank_weight = 0.5
     torch.testing.assert_close(model.rank(pairs), expected - 0.5 * model.match(pairs)[0], **CLOSE)
+
+
+@pytest.mark.parametrize("fusion_type, matching", [("cross", "ranking"), ("cross", "cosine"), ("joint", "classifier")])
+def test_pairs_in_groups_of_like_length_score_as_all_at_once(monkeypatch, fusion_type, matching):
+    overrides = {"missing_tokens": True} if matching == "ranking" else {"fusion_queries": ["text"]}
+    model = model_of(fusion_type=fusion_type, matching=matching, **overrides)
+    batch = zoo.tiny_batch(model.config, batch_size=8)
+    length = 24
+    batch["input_ids"] = torch.randint(5, 20, (8, length))
+    batch["attention_mask"] = (torch.arange(length) < torch.tensor([3, 4, 5, 4, 3, 6, 24, 5])[:, None]).long()
+    torch.manual_seed(1)
+    images, texts = torch.randint(8, (2, 300))
+    # Texts that are not there: the image alone is scored.
+    there = torch.stack([torch.ones(300), torch.rand(300) < 0.9], dim=1).bool()
+    found = {}
+    for name in ("groups", "whole"):
+        features, _ = model.features(batch)
+        pairs = {"vision": features["vision"].at(images), "text": features["text"].at(texts, there[:, 1])}
+        groups = rows_by_length(pairs, ["text"])
+        assert len(groups) == 4 and torch.cat(groups).sort().values.equal(torch.arange(300))
+        if name == "whole":
+            monkeypatch.setattr(retrieval_crossmodal, "rows_by_length", lambda *_: None)
+        logits, weights, _ = model.match(pairs, there)
+        model.zero_grad()
+        (logits * torch.linspace(-1, 1, 300)).sum().backward()
+        found[name] = logits, weights, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found["groups"][:2], found["whole"][:2], **CLOSE)
+    # Sums over 300 pairs, in another order.
+    torch.testing.assert_close(found["groups"][2], found["whole"][2], atol=2e-4, rtol=1e-3)
+    assert rows_by_length({name: item.at(torch.arange(100)) for name, item in pairs.items()}, ["text"]) is None
 
 
 @pytest.mark.parametrize("contrastive_loss", ["info_nce", "sigmoid", "triplet"])
