@@ -1,6 +1,7 @@
 """Clips of pictures that move and sounds: what is made of them, what reads them, and what a recipe learns of them."""
 
 import io
+import json
 
 import datasets
 import numpy as np
@@ -12,6 +13,7 @@ from crossmodal.training.loading import load_rows
 from crossmodal.training.robustness import CORRUPTIONS
 from crossmodal.training.token_cache import content_key
 from PIL import Image
+from test_cli import run
 
 
 def tone(digit, rate=8000):
@@ -91,6 +93,40 @@ def test_the_name_of_a_dataset_makes_clips(sources, tmp_path):
     assert set(load_rows(f"matching {source}", "train", limit=4)["label"]) == {"same", "different"}
     with pytest.raises(ValueError, match=r"\['label'\] is not in"):
         load_rows(source.replace("on digit", "on label"), "train")
+
+
+def test_clips_are_searched_by_a_sound_and_shown_as_frames_side_by_side(sources, tmp_path, capsys):
+    for name, rows in zip(("sounds", "images"), sources, strict=True):
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation"):
+            rows.to_parquet(tmp_path / name / f"{split}.parquet")
+    source = f"clips of {tmp_path / 'sounds'} + {tmp_path / 'images'} on digit"
+    changes = ("max_train_rows=8", "max_eval_rows=8", "training.max_steps=1")
+    assert run("train", "retrieval_clips", f"dataset={source}", f"output_dir={tmp_path / 'model'}", *changes) == 0
+    where = ("--dataset", source, "--split", "train")
+    assert run("index", tmp_path / "model", *where, "--output", tmp_path / "index") == 0
+    rows = load_rows(source, "train")
+    samples = RowDataset(rows, "retrieval")
+    frames, query, asked = samples.input_of(0, "videos"), tmp_path / "query.wav", tmp_path / "query.npy"
+    query.write_bytes(rows[0]["audio"]["bytes"])
+    np.save(asked, np.stack([np.asarray(frame) for frame in frames]))
+    search, picture = ("search", tmp_path / "index", "--top-k", 3, "--json"), tmp_path / "hits.png"
+    capsys.readouterr()
+    for given in (("--audio", query, *where, "--output", picture), ("--input", f"videos={asked}")):
+        assert run(*search, *given) == 0
+        hits = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert len({hit["row"] for hit in hits}) == 3
+    assert Image.open(picture).size[0] > 400
+    assert run(*search, "--text", "seven") == 2
+    assert "Expected exactly one of ['audio', 'videos']" in capsys.readouterr().err
+    strip = samples.picture_of(0)
+    assert strip.size == (3 * frames[0].width, frames[0].height)
+    assert seen_in(
+        [strip.crop((48 * part, 0, 48 * part + 48, 48)) for part in range(3) for _ in range(FRAMES_EACH)]
+    ) == seen_in(frames)
+    sounds = RowDataset(load_rows(str(tmp_path / "sounds"), "train").rename_column("digit", "label"), "classification")
+    with pytest.raises(ValueError, match="have no picture to draw"):
+        sounds.picture_of(0)
 
 
 def test_frames_have_a_key_of_their_own_and_can_be_made_noisy(sources):

@@ -176,7 +176,7 @@ def test_the_command_line_indexes_a_dataset_and_searches_it(trained, tmp_path, c
     assert run(*command, "--image", tmp_path / "query.png") == 0
     assert all(hit["text"] for hit in json.loads(capsys.readouterr().out.splitlines()[-1]))
     for arguments, said in (
-        (("search", tmp_path / "shop"), "one of the two"),
+        (("search", tmp_path / "shop"), "Give exactly one"),
         (("search", tmp_path / "nothing", "--text", "a"), "holds no index"),
         ((*command, "--text", "a", "--output", picture), "Give it with --dataset"),
     ):

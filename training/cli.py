@@ -274,6 +274,12 @@ def search(
     folder: Annotated[str, typer.Argument(help="Folder of an index.")],
     text: Annotated[str | None, typer.Option(help="Query by text.")] = None,
     image: Annotated[str | None, typer.Option(help="Query by an image file.")] = None,
+    audio: Annotated[str | None, typer.Option(help="Query by a sound file.")] = None,
+    video: Annotated[str | None, typer.Option(help="Query by a video file.")] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="NAME=FILE", help="Query by another modality, from a .npy file."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Where its model is; else where it was when it was built.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
     rerank: Annotated[int, typer.Option(min=0, help="Candidates that cross-attention ranks again.")] = 32,
@@ -282,9 +288,13 @@ def search(
     split: Annotated[str, typer.Option(help="Its split.")] = "train",
     as_json: JSON = False,
 ):
-    """Search an index by text or by an image."""
-    if (text is None) == (image is None):
-        raise ValueError("a query needs --text '...' or --image FILE, one of the two.")
+    """Search an index by an input of one modality."""
+    query = {"text": text, "images": image, "audio": audio, "videos": video}
+    query = {key: value for key, value in query.items() if value is not None}
+    if len(query) + len(inputs or ()) != 1:
+        raise ValueError(
+            "a query is one of --text '...', --image FILE, --audio FILE, --video FILE and --input NAME=FILE. Give exactly one."
+        )
     if output is not None and dataset is None:
         raise ValueError("--output draws the images of the dataset that was indexed. Give it with --dataset.")
     quiet()
@@ -295,10 +305,7 @@ def search(
         raise ValueError(f"the index {folder!r} does not say where its model is. Give it with --model.")
     loaded, processor = load_model(source, "CrossModalForRetrieval")
     found = CrossModalIndex(folder, loaded, processor)
-    from ..processing.reading_crossmodal import read_image
-
-    query = {"text": text} if image is None else {"images": read_image(image)}
-    hits = found.search(top_k=top_k, rerank=rerank, **query)
+    hits = found.search(top_k=top_k, rerank=rerank, **query, **arrays(inputs, "--input"))
     if output is not None:
         from .datasets import RowDataset
         from .loading import load_rows
@@ -306,16 +313,15 @@ def search(
 
         samples = RowDataset(load_rows(dataset, split), "retrieval")
         place = {row: n for n, (row, _) in reversed(list(enumerate(samples.places)))}
-        images = [samples.input_of(place[hit["row"]], "images") for hit in hits]
-        search_grid(text or f"images and texts like {Path(image).name}", hits, images, output)
+        images = [samples.picture_of(place[hit["row"]]) for hit in hits]
+        search_grid(text or f"what fits {Path((inputs or list(query.values()))[0]).name}", hits, images, output)
         note(f"picture: {output}")
     if as_json:
         print_json(hits)
         return
     for hit in hits:
-        print(
-            f"{hit['score']:8.3f}  {hit['similarity']:6.3f}  row {hit['row']}  {hit.get('text') or ' | '.join(hit['texts'])}"
-        )
+        said = hit.get("text") or " | ".join(hit["texts"])
+        print(f"{hit['score']:8.3f}  {hit['similarity']:6.3f}  row {hit['row']}  {said}".rstrip())
 
 
 app.add_typer(cli_hub.app)

@@ -9,10 +9,10 @@ from functools import lru_cache, partial
 from itertools import permutations
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
-from ..processing.reading_crossmodal import read_image, read_sound
+from ..processing.reading_crossmodal import evenly, read_image, read_sound, read_video
 from .schemas import DATASETS, find_adapter, label_name
 
 
@@ -253,6 +253,24 @@ class RowDataset(SampleReader):
     def input_of(self, index, key, variant=0):
         """One input of a row, decoded, in one of its variants."""
         return self.variants_of(key)[variant](self._read_at(index, self.rows[self.places[index][0]], key))
+
+    def picture_of(self, index):
+        """The image of a row, or frames of its video from beginning to end, side by side.
+
+        Raises:
+            ValueError: if it has neither.
+        """
+        if "images" in self.adapter.inputs:
+            return self.input_of(index, "images")
+        if "videos" not in self.adapter.inputs:
+            raise ValueError(f"rows of {sorted(self.adapter.inputs)} have no picture to draw. Leave the picture out.")
+        frames = self.input_of(index, "videos")
+        frames = frames if isinstance(frames, list) else read_video(frames)
+        shown = [read_image(frames[place]) for place in evenly(len(frames), min(3, len(frames)))]
+        strip = Image.new("RGB", (sum(frame.width for frame in shown), max(frame.height for frame in shown)))
+        for number, frame in enumerate(shown):
+            strip.paste(frame, (sum(before.width for before in shown[:number]), 0))
+        return strip
 
     def _read_at(self, index, row, key):
         place, item = self.places[index]
