@@ -18,11 +18,11 @@ from crossmodal.training.seeds import seeds_table, train_seeds
 from crossmodal.training.tasks import VQATask
 from crossmodal.training.train import train
 from crossmodal.training.trainer import TrainingDiverged
-from datasets import Dataset
+from datasets import Dataset, Image
 from transformers import TrainingArguments
 from world import TINY_RECIPE, color_rows, tiny_processor_and_model
 
-from crossmodal import CrossModalForVQA, CrossModalTrainer
+from crossmodal import CrossModalForRetrieval, CrossModalForVQA, CrossModalTrainer
 
 
 def recipe(folder, **changes):
@@ -270,6 +270,23 @@ def test_a_stage_may_train_a_model_of_its_own_of_which_the_run_keeps_an_encoder(
     assert kept.config.modality_names == ["vision"] and kept.config.fusion_type == "concat"
     for name, value in kept.crossmodal.encoders["vision"].state_dict().items():
         assert torch.equal(value, model.crossmodal.encoders["vision"].state_dict()[name]), name
+
+
+def test_a_run_keeps_the_fusion_that_a_stage_of_another_task_has_trained(tmp_path):
+    rows = color_rows(24)
+    pairs = Dataset.from_dict({"image": list(rows["image"]), "caption": list(rows["answer"])})
+    pairs.cast_column("image", Image()).to_parquet(tmp_path / "pairs.parquet")
+    warm_up = {"task": "retrieval", "dataset": str(tmp_path / "pairs.parquet"), "config": {"projection_dim": 16}}
+    warm_up |= {"keep": ["vision", "text", "fusion"], "training": {"num_train_epochs": 1}}
+    changes = {"warm_up": [warm_up], "training": {"num_train_epochs": 1, "learning_rate": 0.0}}
+    model = train(recipe(tmp_path / "run", **changes), rows, rows, export=False)["model"]
+    stage = CrossModalForRetrieval.from_pretrained(tmp_path / "run" / "checkpoints" / "warm_up" / "stage-1-done")
+    torch.testing.assert_close(model.crossmodal.state_dict(), stage.crossmodal.state_dict(), rtol=0, atol=0)
+    fresh = train(recipe(tmp_path / "fresh", training=changes["training"]), rows, rows, export=False)["model"]
+    names = [name for name in model.crossmodal.state_dict() if name.startswith("fusion.layers.0.cross_attn")]
+    assert names and any(
+        not torch.equal(model.crossmodal.state_dict()[name], fresh.crossmodal.state_dict()[name]) for name in names
+    )
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ class Recipe:
             `rows_per_image`, `learning_rates`, `freeze`, `training`. The next stage takes over every weight but answers
             it does not share; or, with `keep`, only those components (as in `learning_rates`), and others start afresh:
             a stage whose questions say little teaches fusion not to read them. Such a stage may train a model of its
-            own: `modalities` (some of those of the run) and `config` (over `model.config`), and may serve another `task`.
+            own: `modalities` (some of those of the run) and `config` (over `model.config`), and may serve another `task`. Of one with
+            all modalities and the same fusion `fusion` can be kept too.
         unimodal_targets: labels of each modality alone, where the data has them, teach the classifiers of
             `model.config.auxiliary_loss_weight`; false: the labels of the rows do.
         mixing: of classification, arguments of `MixingCollator` (mixing.py): `mixup`, `time_cutmix`, SpecAugment.
@@ -270,7 +271,8 @@ class Recipe:
         present = stage.get("modalities") or names
         _check_names("warm_up: freeze", stage.get("freeze"), present)
         # The fusion of another model may have other shapes, and a head always has other answers.
-        _check_names("warm_up: keep", stage.get("keep"), present if own else [*present, "fusion"])
+        same = list(present) == list(names) and all(key.startswith(_OF_HEADS) for key in stage.get("config", {}))
+        _check_names("warm_up: keep", stage.get("keep"), [*present, "fusion"] if same else present)
 
     @classmethod
     def load(cls, name, overrides=()):
@@ -344,6 +346,23 @@ def _training_keys():
     from transformers import TrainingArguments
 
     return {f.name for f in fields(TrainingArguments) if f.init} - _RESERVED
+
+
+# Keys of a model's config, by their beginnings, that leave its encoders and its fusion as they are.
+_OF_HEADS = (
+    "alignment",
+    "classifier_",
+    "contrastive_",
+    "cross_weight",
+    "label_smoothing",
+    "logit_scale",
+    "loss_weighting",
+    "matching",
+    "pooled_shortcut",
+    "projection_dim",
+    "rank_weight",
+    "triplet_margin",
+)
 
 
 def _check_names(key, given, allowed):
