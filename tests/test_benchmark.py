@@ -30,9 +30,18 @@ def test_every_contender_is_measured_in_every_scenario():
     work = {(row["mode"], row["scenario"], row["model"]): row["gflop_per_sample"] for row in table}
     ours = work["forward", "batch 8", "CrossModalForVQA"]
     assert ours == pytest.approx(work["forward", "batch 32", "CrossModalForVQA"])
+    # Attention by another way is as much work.
+    assert ours == pytest.approx(work["forward", "batch 8", "CrossModalForVQA, eager"])
     # A quarter of the images, and fewer words.
     assert work["forward", "32 questions, 8 images", "CrossModalForVQA"] < 0.5 * ours
     assert work["training", "batch 8", "CrossModalForVQA"] == pytest.approx(3 * ours)
+
+
+def test_one_of_ours_attends_as_peers_without_another_way_do():
+    models = benchmark.contenders("tiny")
+    eager = models["CrossModalForVQA, eager"]
+    assert {benchmark._backend(part) for part in (eager, *eager.crossmodal.encoders.values())} == {"eager"}
+    assert benchmark._backend(models["CrossModalForVQA"]) == "sdpa"
 
 
 def test_flops_are_those_of_a_linear_layer():
