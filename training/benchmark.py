@@ -426,7 +426,7 @@ def equal_training_time(recipe, peers=tuple(PEERS), patch=16, depth=2, write=pri
     for name, model in models.items():
         batch = SampleCollator(processors[name], deduplicate=False)([samples[i] for i in range(min(32, len(samples)))])
         runs[name] = forward_call(model.eval(), {key: value.to(device) for key, value in batch.items()})
-    times = in_turn(runs, device)
+    times = in_turn(runs, device, rounds=21)
     for row in table:
         seconds = times[row["model"]]
         ratios = [other / own for other, own in zip(seconds, times["CrossModalForVQA"], strict=True)]
