@@ -1,4 +1,5 @@
-"""Kills `crossmodal train` at random moments: `python killing.py RECIPE FOLDER KILLS SEED` prints what came of it as JSON.
+"""Other runs: one that is at work in a folder, and `crossmodal train` killed at random moments, which `python killing.py RECIPE
+FOLDER KILLS SEED` prints what came of as JSON.
 
 Everything is imported once; each attempt is a child process of its own, which SIGKILL ends like any other.
 """
@@ -7,8 +8,10 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +23,18 @@ from safetensors.torch import load_file
 
 
 torch.set_num_threads(1)
+
+
+@contextmanager
+def at_work_in(folder):
+    """A process that holds a folder as a run does."""
+    held = f"from crossmodal.training.processes import alone_in\nwith alone_in({str(folder)!r}): print('in', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"in\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def start(recipe, output, log):

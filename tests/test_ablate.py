@@ -9,6 +9,7 @@ import zoo
 from crossmodal.training import ablate as module
 from crossmodal.training.ablate import VARIANTS, ablate, summarise, variants_of
 from crossmodal.training.recipes import Recipe
+from killing import at_work_in
 from PIL import Image
 from test_modeling import lively
 from world import TINY_RECIPE, color_rows
@@ -132,6 +133,29 @@ def test_a_sweep_is_resumed_and_reported(tmp_path, monkeypatch):
     # Another recipe is another run.
     ablate(recipe(tmp_path / "sweep", min_answer_count=2), *arguments)
     assert len(trained) == 9
+
+
+def test_processes_share_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_WAIT", 0.1)
+    trained = []
+    real = module.train
+
+    def counted(run, **options):
+        trained.append((run.name, run.seed))
+        if len(trained) == 3:
+            other.kill()
+            other.wait()
+        return real(run, **options)
+
+    monkeypatch.setattr(module, "train", counted)
+    sweep = tmp_path / "sweep"
+    with at_work_in(sweep / "full" / "seed-42") as other:
+        table = ablate(recipe(sweep), ["concat"], 2, color_rows(24), color_rows(12))
+    # What the other process was at comes last, once that is gone.
+    assert trained == [("concat", 42), ("full", 43), ("concat", 43), ("full", 42)]
+    assert [row["variant"] for row in table] == ["full", "concat"] and all(row["runs"] == 2 for row in table)
+    with open(sweep / "ablation.csv") as file:
+        assert [row["variant"] for row in csv.DictReader(file)] == ["full", "concat"] * 2
 
 
 def test_the_first_stage_is_shared_by_runs_whose_stage_is_the_same(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from crossmodal.training.collator import SampleCollator
 from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
 from crossmodal.training.loading import hold_out
+from crossmodal.training.processes import FolderTaken, alone_in
 from crossmodal.training.publish import export_folder, recipe_text
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.seeds import seeds_table, train_seeds
@@ -19,6 +22,7 @@ from crossmodal.training.tasks import VQATask
 from crossmodal.training.train import train
 from crossmodal.training.trainer import TrainingDiverged
 from datasets import Dataset, Image
+from killing import at_work_in
 from transformers import TrainingArguments
 from world import TINY_RECIPE, color_rows, tiny_processor_and_model
 
@@ -209,6 +213,30 @@ def test_an_output_folder_of_another_run_is_refused(tmp_path, trained):
     file.write_text("")
     with pytest.raises(ValueError, match="is a file"):
         train(recipe(file), color_rows(8), color_rows(6), write=quiet)
+
+
+def test_a_folder_that_another_run_is_at_work_in_is_refused_and_left_as_it_is(tmp_path):
+    one = recipe(tmp_path / "run", training={"num_train_epochs": 1})
+    with at_work_in(tmp_path / "run") as other:
+        unfinished = tmp_path / "run" / ".unfinished"
+        unfinished.mkdir(parents=True)
+        with pytest.raises(FolderTaken, match="another run is at work in .*run'. Wait until it has ended"):
+            train(one, color_rows(8), color_rows(6), fresh=True, write=quiet, export=False)
+        assert unfinished.is_dir()
+        other.kill()
+        other.wait()
+        # Within a run a folder may be entered again, and is still held after that.
+        with alone_in(tmp_path / "run"):
+            train(one, color_rows(8), color_rows(6), write=quiet, export=False)
+            with alone_in(tmp_path / "run"):
+                pass
+            probe = (
+                f"from crossmodal.training.processes import alone_in\nwith alone_in({str(tmp_path / 'run')!r}): pass"
+            )
+            tried = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+            assert tried.returncode and "FolderTaken" in tried.stderr
+    with at_work_in(tmp_path / "run"):
+        pass
 
 
 def test_answers_outside_the_vocabulary_are_refused_before_training(tmp_path):

@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import statistics
+import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from ..modeling.configuration_crossmodal import CrossModalConfig
 from .building import encoders_and_config
 from .datasets import RowDataset
 from .loading import contexts_of, load_rows, some_of
-from .processes import is_main
+from .processes import FolderTaken, alone_in, begin, is_main
 from .recipes import nearest
 from .robustness import CorruptedDataset
 from .tasks import TASKS
@@ -44,6 +46,10 @@ BASELINES = {
     # Of points: tags, and nothing but where their classes are.
     "class activation": {"class_token_weight": 0.0, "contrastive_weight": 0.0, "smoothness_weight": 0.0},
 }
+
+
+# Seconds until runs that other processes are at are looked at again.
+_WAIT = 10
 
 
 def variants_of(recipe, chosen=None):
@@ -138,7 +144,8 @@ def _with_only(recipe, encoders, config, name):
 
 
 def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missing_rate=None):
-    """Trains every variant of a recipe over seeds; runs that were finished earlier are read.
+    """Trains every variant of a recipe over seeds; runs that were finished earlier are read, and those that another process is at
+    come last: several processes that are given one sweep share it.
 
     Args:
         recipe: Recipe, whose `output_dir` takes the results, and whose `seed` is the first one.
@@ -155,8 +162,10 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missin
     variants = variants_of(recipe, chosen)
     plan = [(name, seed) for seed in range(recipe.seed, recipe.seed + seeds) for name in variants]
     results, rows = {}, {"train_rows": train_rows, "eval_rows": eval_rows}
+    left, taken = deque(plan), 0
     with tqdm(total=len(plan), desc="ablation", unit="run") as bar:
-        for name, seed in plan:
+        while left:
+            name, seed = left.popleft()
             bar.set_postfix_str(f"{name}, seed {seed}")
             run = replace(
                 variants[name],
@@ -169,9 +178,19 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missin
                 else variants[name].token_cache,
                 training={**variants[name].training, "disable_tqdm": True, "save_total_limit": 1},
             )
-            results[name, seed] = _run_once(run, rows, folder / "warm_up", missing_rate)
+            try:
+                results[name, seed] = _run_once(run, rows, folder / "warm_up", missing_rate)
+            except FolderTaken:
+                left.append((name, seed))
+                taken += 1
+                if taken >= len(left):
+                    bar.set_postfix_str("waiting for other processes")
+                    time.sleep(_WAIT)
+                continue
+            taken = 0
             bar.update()
             bar.write(f"{name}, seed {seed}: {metric} {results[name, seed]['metrics'][metric]:.4f}")
+    results = {each: results[each] for each in plan}
     table = summarise(results, list(variants), range(recipe.seed, recipe.seed + seeds), metric)
     _write_reports(folder, recipe, results, table, metric, missing_rate)
     return table
@@ -185,7 +204,17 @@ def train_variant(run, folder, name, train_rows, eval_rows):
 
 
 def _run_once(run, rows, shared, missing_rate):
-    """Result of one run, from its file if it was finished with this very recipe."""
+    """Result of one run, from its file if it was finished with this very recipe.
+
+    Raises:
+        FolderTaken: where another process is at it.
+    """
+    begin(cpu=bool(run.training.get("use_cpu")))
+    with alone_in(run.output_dir):
+        return _run_alone(run, rows, shared, missing_rate)
+
+
+def _run_alone(run, rows, shared, missing_rate):
     folder = Path(run.output_dir)
     known = run.stated(leave_out=("output_dir", "name", "token_cache", "compare"))
     if missing_rate is not None:

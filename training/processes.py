@@ -1,12 +1,26 @@
 """Several processes that train together (torchrun, accelerate launch): who writes, and whether all were started alike."""
 
+import hashlib
 import json
 import os
-from contextlib import nullcontext
+import tempfile
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+
+try:
+    import fcntl
+except ImportError:
+    # Windows: nothing keeps runs apart there.
+    fcntl = None
 
 
 class FailedElsewhere(ValueError):
     """What stops this process was said by the main one."""
+
+
+class FolderTaken(ValueError):
+    """A folder that another run is at work in."""
 
 
 def is_main():
@@ -81,3 +95,46 @@ def main_first():
     from accelerate import PartialState
 
     return PartialState().main_process_first() if _several() else nullcontext()
+
+
+# Folders that this process holds. A second handle of a record lock, once closed, would give the first away.
+_HELD = set()
+
+
+@contextmanager
+def alone_in(folder):
+    """Keeps other runs of this machine out of a folder until the context ends, or the process, however it does.
+
+    The processes of one run may all be in it. So may a context within a context.
+
+    Raises:
+        FolderTaken: in every process of the run, where another run is in it.
+    """
+    folder, file = Path(folder).resolve(), None
+
+    def take():
+        nonlocal file
+        name = hashlib.sha256(str(folder).encode()).hexdigest()[:24]
+        file = open(Path(tempfile.gettempdir()) / f"crossmodal-{os.getuid()}-{name}.lock", "a")
+        try:
+            # A record lock: workers that outlive a killed run do not have it, as they would have one of `flock`.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return False
+        return True
+
+    if fcntl is None or folder in _HELD:
+        yield
+        return
+    if not on_main(take):
+        raise FolderTaken(
+            f"another run is at work in {str(folder)!r}. Wait until it has ended, stop it, or choose another folder."
+        )
+    _HELD.add(folder)
+    try:
+        yield
+    finally:
+        _HELD.discard(folder)
+        if file is not None:
+            file.close()

@@ -20,7 +20,7 @@ from .loading import contexts_of, cut_recordings, hold_out, load_rows, some_of
 from .lora import add_lora, describe, merged, save_adapter
 from .plots import learning_curves_plot
 from .points import labels_table, pseudo_labelled, second_stage
-from .processes import begin, is_main, on_main
+from .processes import alone_in, begin, is_main, on_main
 from .publish import export_folder, remove_unfinished
 from .recipes import Recipe
 from .statistics import standardised_shortcuts, take_statistics
@@ -52,9 +52,9 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
         `resumed` an earlier one), `parameters`, `broken_samples`, the number of those left out.
 
     Raises:
-        ValueError: for data, models or folders that do not fit, before training starts.
+        ValueError: for data, models or folders that do not fit, before training starts; `FolderTaken` for a folder that another run
+            is at work in.
     """
-    started = time.time()
     learnt = recipe.train_split.split("+")
     measured_on_held_out = eval_rows is None and not {recipe.eval_split, *recipe.eval_split.split("+")}.isdisjoint(
         learnt
@@ -64,9 +64,22 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
             f"eval_split={recipe.eval_split!r} is part of train_split={recipe.train_split!r}: the model would be measured on what it "
             "learnt. Set holdout, whose rows are then what is measured, or use `crossmodal cross-validate`."
         )
-    output = Path(recipe.output_dir)
     begin(cpu=bool(recipe.training.get("use_cpu")), recipe=recipe.stated(leave_out=("token_cache",)))
-    write = write if is_main() else _silent
+    with alone_in(recipe.output_dir):
+        return _train(
+            recipe,
+            train_rows,
+            eval_rows,
+            fresh,
+            write if is_main() else _silent,
+            export,
+            warm_up_folder,
+            measured_on_held_out,
+        )
+
+
+def _train(recipe, train_rows, eval_rows, fresh, write, export, warm_up_folder, measured_on_held_out):
+    started, output = time.time(), Path(recipe.output_dir)
     resumed, checkpoint = on_main(lambda: _claim_folder(recipe, output, fresh, write))
     set_seed(recipe.seed)
     entries = encoders_and_config(recipe)[0]
