@@ -62,6 +62,20 @@ def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(rows_at_once, l
     assert_same(gradients(model), expected)
 
 
+def test_a_scaled_loss_gives_scaled_gradients_everywhere():
+    """As `GradScaler` scales it for half precision: once, in the encoders too."""
+    model = model_of(**ALL_LOSSES, num_unimodal_layers=1)
+    batch = batch_of(model.config)
+    torch.manual_seed(5)
+    backward_in_parts(model, batch, 2)
+    expected = {name: 1024 * gradient for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    torch.manual_seed(5)
+    backward_in_parts(model, batch, 2, backward=lambda loss: (1024 * loss).backward())
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-2)
+
+
 def test_parts_are_encoded_again_with_the_same_random_numbers():
     torch.manual_seed(0)
     config = zoo.tiny_config(

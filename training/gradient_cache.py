@@ -61,7 +61,8 @@ def backward_in_parts(model, batch, rows_at_once, backward=None, context=None, s
                 if cached.grad is not None and made.requires_grad
             )
         if torch.is_tensor(surrogate):
-            send(surrogate)
+            # What `send` does to a loss (the scale of half precision) is in the gradients that it sends on.
+            surrogate.backward()
     for key, value in output.items():
         output[key] = _detached(value)
     return output
