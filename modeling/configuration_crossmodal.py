@@ -741,6 +741,13 @@ class CrossModalConfig(PreTrainedConfig):
         ):  # fmt: skip
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}. Expected at least 1.")
+        if self.contrastive_chunk_size is not None and (
+            self.contrastive_chunk_size < 1 or self.contrastive_loss != "info_nce"
+        ):
+            raise ValueError(
+                f"contrastive_chunk_size={self.contrastive_chunk_size} with contrastive_loss={self.contrastive_loss!r}. Expected at "
+                "least 1, with 'info_nce', the only loss in tiles; or None."
+            )
         if self.hidden_size % self.num_attention_heads:
             divisors = [h for h in range(1, self.hidden_size + 1) if self.hidden_size % h == 0]
             nearest = sorted(divisors, key=lambda h: abs(h - self.num_attention_heads))[:4]
@@ -846,8 +853,8 @@ class CrossModalConfig(PreTrainedConfig):
         for name in self.modality_names:
             kind = self.modality_settings[name]["type"]
             encoder = getattr(self, f"{name}_config")
-            # Patches of a spectrogram (AST) are a grid too.
-            grid = kind == "vision" or (kind == "audio" and getattr(encoder, "patch_size", None))
+            # Patches of a spectrogram (AST) are a grid too, and points lie in no order.
+            grid = kind in ("vision", "points") or (kind == "audio" and getattr(encoder, "patch_size", None))
             if grid or not getattr(encoder, "use_positions", True):
                 raise ValueError(
                     f"attention_kernel='window' needs tokens in order along an axis that all modalities share, and modality "

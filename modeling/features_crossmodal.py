@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .contrastive_crossmodal import gather
+from .contrastive_crossmodal import gather, mean_of_means
 from .encoders_crossmodal import EncodedModality
 
 
@@ -217,10 +217,4 @@ class ComparedRows:
 
     def mean(self, sums, counts):
         """Mean of the means of those losses that any row counts in, from their sums over rows of this process, and how many counted."""
-        sums = torch.stack(sums)
-        counts = torch.stack([torch.as_tensor(count, device=sums.device, dtype=torch.float32) for count in counts])
-        if self.shared:
-            torch.distributed.all_reduce(counts)
-            # Averaged over processes, as DDP does with gradients, it is the mean over all.
-            sums = sums * torch.distributed.get_world_size()
-        return (sums / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+        return mean_of_means(sums, counts, self.shared)

@@ -24,11 +24,12 @@ from .contrastive_crossmodal import (
     is_distributed,
     late_interaction,
     matching_loss,
-    mean_over_rows,
+    mean_of_means,
     positives_of,
     ranking_loss,
     recovered_tokens,
     sigmoid_contrast,
+    similarities_of,
 )
 from .encoders_crossmodal import EncodedModality
 from .features_crossmodal import ComparedRows, ModalityFeatures, rows_by_length
@@ -466,21 +467,29 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         return presence[:, columns].all(dim=1)
 
     def _contrastive_loss(self, embeds, presence, labels):
-        """Mean over pairs of modalities and both directions; in training over the rows of all processes, in evaluation of this one,
-        which may be alone in evaluating."""
+        """Mean over both directions of those pairs of modalities that any row has; in training over the rows of all processes, in
+        evaluation of this one, which may be alone in evaluating."""
         some = next(iter(embeds.values()))
         own = torch.stack([embeds.get(name, torch.zeros_like(some)) for name in self.config.modality_names], dim=1)
+        mine = torch.arange(len(own), device=own.device)
         # All modalities in one exchange: processes that lack different ones must agree on the order of their gradients.
         shared = self.training and is_distributed()
         vectors, there, all_labels = map(gather, (own, presence, labels)) if shared else (own, presence, labels)
-        scale, losses = self.logit_scale(), []
+        if shared:
+            rank = torch.distributed.get_rank()
+            mine = (gather(torch.full_like(mine, rank)) == rank).nonzero().squeeze(1)
+        scale, sums, counts = self.logit_scale(), [], []
         for one, other in permutations(range(len(self.config.modality_names)), 2):
             asks, offers = presence[:, one], there[:, other]
-            pair = (own[asks, one], vectors[offers, other], scale, labels[asks], all_labels[offers])
-            losses.append(mean_over_rows(*self._contrast(*pair), shared))
-        return torch.stack(losses).mean()
+            # Where what came with each row lies among what is offered.
+            place = torch.where(offers, offers.cumsum(0) - 1, -1)[mine][asks]
+            pair = (own[asks, one], vectors[offers, other], scale, labels[asks], all_labels[offers], place)
+            total, count = self._contrast(*pair)
+            sums.append(total)
+            counts.append(count)
+        return mean_of_means(sums, counts, shared)
 
-    def _contrast(self, queries, keys, scale, query_labels, key_labels):
+    def _contrast(self, queries, keys, scale, query_labels, key_labels, place):
         """Sum over queries of the contrastive loss of the config, and how many counted."""
         config = self.config
         if not len(queries) or not len(keys):
@@ -489,7 +498,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             return sigmoid_contrast(queries, keys, scale, self.logit_scale.bias, query_labels, key_labels)
         if config.contrastive_loss == "triplet":
             positive = positives_of(query_labels, key_labels)
-            return hardest_triplets(queries @ keys.T, positive, config.triplet_margin)
+            return hardest_triplets(similarities_of(queries, keys), positive, place, config.triplet_margin)
         return info_nce(queries, keys, scale, query_labels, key_labels, config.contrastive_chunk_size)
 
     def _matching_loss(self, batch):

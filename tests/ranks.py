@@ -208,7 +208,8 @@ def evaluated(case, folder, rows=7):
 def contrasted():
     """Loss and gradients of contrast, where ranks have an unequal part of eight rows and the last one no image at all."""
     found = {}
-    for loss, chunk, cached in (("info_nce", None, False), ("info_nce", 2, True), ("sigmoid", None, True)):
+    cases = [("info_nce", None, False), ("info_nce", 2, True), ("sigmoid", None, True)]
+    for loss, chunk, cached in [*cases, ("triplet", None, False), ("triplet", None, True)]:
         torch.manual_seed(0)
         config = config_of(projection_dim=8, matching_weight=0.0, contrastive_loss=loss, contrastive_chunk_size=chunk)
         model = CrossModalForRetrieval(config).train()

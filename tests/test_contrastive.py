@@ -69,14 +69,32 @@ def test_sigmoid_contrast_is_its_equation():
     assert count == 4 and abs(total.item() - expected) < 1e-6
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_contrast_keeps_its_precision_under_autocast(chunk_size):
+    vectors = [unit(8, 16).float(), unit(8, 16, seed=1).float(), torch.tensor(100.0)]
+    vectors = [vector.requires_grad_() for vector in vectors]
+    labels = torch.arange(8)[:, None]
+    found = {}
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            total, _ = C.info_nce(*vectors, labels, labels, chunk_size)
+        found[half] = total, *torch.autograd.grad(total, vectors)
+    for there, expected in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(there, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_hardest_triplets_never_take_a_positive_for_a_negative():
     scores = torch.tensor([[0.5, 0.9, 0.45], [0.1, 0.2, 0.0], [0.3, 0.3, 0.8]])
     positive = torch.eye(3, dtype=torch.bool)
-    total, count = C.hardest_triplets(scores, positive, 0.2)
+    own = torch.arange(3)
+    total, count = C.hardest_triplets(scores, positive, own, 0.2)
     assert count == 3 and abs(total.item() - (0.6 + 0.1 + 0.0)) < 1e-6
     positive[0, 1] = True
-    total, _ = C.hardest_triplets(scores, positive, 0.2)
+    total, _ = C.hardest_triplets(scores, positive, own, 0.2)
     assert abs(total.item() - (0.15 + 0.1)) < 1e-6
+    # Of rows and columns in other places: the same two rows, and one whose partner is not there.
+    total, count = C.hardest_triplets(scores[[2, 0, 1]], positive[[2, 0, 1]], torch.tensor([2, 0, -1]), 0.2)
+    assert count == 2 and abs(total.item() - 0.15) < 1e-6
 
 
 def test_negatives_are_drawn_by_how_alike_they_are_and_never_among_positives():

@@ -129,6 +129,46 @@ def test_every_loss_is_there_and_reaches_every_parameter(contrastive_loss, match
     assert not [name for name in without if not any(part in name for part in unused)], without
 
 
+@pytest.mark.parametrize("contrastive_loss", ["info_nce", "sigmoid", "triplet"])
+def test_contrast_is_the_mean_over_what_is_there_whoever_is_absent(contrastive_loss):
+    torch.manual_seed(0)
+    model = model_of("vision", "text", "eeg", contrastive_loss=contrastive_loss, matching_weight=0.0)
+    batch = zoo.tiny_batch(model.config, batch_size=6)
+    two = {key: values for key, values in batch.items() if "eeg" not in key}
+    features, _ = model.features(two)
+    image, text = (features[name].embeddings for name in ("vision", "text"))
+
+    def expected(image, text):
+        scale, own = model.logit_scale(), torch.arange(len(image))[:, None]
+        scores, bias = image @ text.T, getattr(model.logit_scale, "bias", None)
+        if contrastive_loss == "info_nce":
+            losses = [-(scale * matrix).log_softmax(1).diagonal().mean() for matrix in (scores, scores.T)]
+        elif contrastive_loss == "sigmoid":
+            signs = 2.0 * torch.eye(len(own)) - 1
+            losses = [-torch.nn.functional.logsigmoid(signs * (scale * scores + bias)).sum(1).mean()]
+        else:
+            worst = scores - 9.0 * torch.eye(len(own))
+            losses = [(0.2 - scores.diagonal() + worst.amax(axis)).clamp(min=0).mean() for axis in (1, 0)]
+        return torch.stack(losses).mean()
+
+    torch.testing.assert_close(model(**two).losses["contrastive"], expected(image, text), **CLOSE)
+    if contrastive_loss == "triplet":
+        # Rows without an image and without a text ask nothing, and are offered still.
+        mask = torch.ones(6, 3, dtype=torch.bool)
+        mask[:, 2], mask[1, 0], mask[4, 1] = False, False, False
+        scores = image @ text.T
+        losses = []
+        for matrix, asks, offers in (
+            (scores, [0, 2, 3, 5], [0, 1, 2, 3, 5]),
+            (scores.T, [0, 2, 3, 5], [0, 2, 3, 4, 5]),
+        ):
+            for row in asks:
+                worst = max(matrix[row, column].item() for column in offers if column != row)
+                losses.append(max(0.0, 0.2 - matrix[row, row].item() + worst))
+        found = model(**two, modality_mask=mask).losses["contrastive"]
+        torch.testing.assert_close(found, torch.tensor(losses).mean(), **CLOSE)
+
+
 def test_ranking_is_learnt_beside_the_embeddings_and_alone():
     # Two rows: the only negative of each is the other, whatever is drawn.
     model = model_of(matching="ranking", contrastive_weight=0.5, matching_negatives=3)
