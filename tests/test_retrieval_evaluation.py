@@ -191,6 +191,49 @@ def test_ranking_everything_again_is_the_score_of_all_pairs(trained):
     assert as_a_user["i2t_r1"] == pytest.approx(found["i2t_r1"])
 
 
+def test_what_a_row_lacks_asks_nothing_and_is_no_candidate(trained):
+    model, processor = trained[1]["model"], trained[1]["processor"]
+    whole = pair_rows(6, texts=1)
+    rows = [dict(row) for row in whole]
+    rows[0]["image"], rows[3]["captions"] = None, [None]
+    lacking = datasets.Dataset.from_list(rows, features=whole.features)
+    found = evaluate(model, processor, lacking, None, progress=False, full=True)
+    samples = RowDataset(lacking, "retrieval")
+    first, _ = inputs_of(samples.targets)
+    stores = {
+        name: features_of(model, processor, samples, name, rows, progress=False)
+        for name, rows in (("vision", first), ("text", None))
+    }
+    assert stores["vision"].absent.tolist() == [True] + [False] * 5
+    assert stores["text"].absent.tolist() == [False] * 3 + [True] + [False] * 2
+    # Four rows ask, and each is offered what the other five have.
+    for prefix, score in (("contrastive_", "similarity"), ("full_", "rank")):
+        for letters, asks, offered in (("i2t", "vision", [0, 1, 2, 4, 5]), ("t2i", "text", [1, 2, 3, 4, 5])):
+            right = 0
+            for row in (1, 2, 4, 5):
+                other = "text" if asks == "vision" else "vision"
+                places = {asks: torch.full((5,), row), other: torch.tensor(offered)}
+                pairs = {name: stores[name].features(places[name], model) for name in ("vision", "text")}
+                with torch.no_grad():
+                    right += offered[int(getattr(model, score)(pairs).argmax())] == row
+            assert found[f"{prefix}{letters}_r1"] == pytest.approx(100 * right / 4)
+    assert found["t2i_r1"] == pytest.approx(found["full_t2i_r1"])
+    for row in rows:
+        row["image"] = None
+    with pytest.raises(ValueError, match="no row has a 'vision'"):
+        evaluate(model, processor, datasets.Dataset.from_list(rows, features=whole.features), None, progress=False)
+
+
+def test_by_image_a_caption_is_right_for_its_own_image_alone(trained):
+    model, processor = trained[1]["model"], trained[1]["processor"]
+    rows = pair_rows(4, texts=1).map(lambda row: {"captions": ["the same"]})
+    equal = evaluate(model, processor, rows, None, progress=False)
+    assert equal["i2t_r1"] == equal["t2i_r1"] == 100
+    own = evaluate(model, processor, rows, None, progress=False, by_image=True)
+    # Ties are decided against the model.
+    assert own["i2t_r1"] == 0 and own["t2i_r1"] == 25
+
+
 def test_kept_features_give_the_scores_of_the_pairs_themselves(trained):
     model, processor = trained[1]["model"], trained[1]["processor"]
     samples = RowDataset(pair_rows(6), "retrieval")

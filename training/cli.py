@@ -119,6 +119,10 @@ def evaluate(
     fold_size: Annotated[
         int | None, typer.Option(min=1, help="Retrieval: mean over folds of so many (1000: COCO 1K).")
     ] = None,
+    by_image: Annotated[
+        bool,
+        typer.Option("--by-image", help="Retrieval: a caption is right for its own image alone (COCO, Flickr30K)."),
+    ] = False,
     num_beams: Annotated[
         int | None, typer.Option(min=1, help="Writing: beams of the search (default: what the model was saved with).")
     ] = None,
@@ -136,7 +140,13 @@ def evaluate(
 
     loaded, processor = load_model(model)
     rows = some_of(load_rows(dataset, split, limit), limit, seed=0)
-    options = {"rerank": rerank, "full": full or None, "fold_size": fold_size, "num_beams": num_beams}
+    options = {
+        "rerank": rerank,
+        "full": full or None,
+        "fold_size": fold_size,
+        "by_image": by_image or None,
+        "num_beams": num_beams,
+    }
     options |= {"history": False} if no_history else {}
     options = {name: value for name, value in options.items() if value is not None}
     metrics = run(loaded, processor, rows, split, batch_size, unknown_answers_wrong, **options)

@@ -103,13 +103,14 @@ class FeatureStore:
     """What a model keeps of N inputs of one modality, on the CPU or in files, without padding.
 
     embeddings (N,E); tokens (sum of all T, L * D), the L levels side by side; offsets (N + 1,): where the tokens of each
-    input begin.
+    input begin; absent (N,) bool: inputs that there are not, in whose place stands another, or None.
     """
 
     embeddings: torch.Tensor
     tokens: torch.Tensor
     offsets: torch.Tensor
     levels: int
+    absent: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.embeddings)
@@ -153,9 +154,19 @@ def features_of(model, processor, samples, name, rows=None, batch_size=64, dtype
     model.eval()
     argument = processor.argument_of(name)
     keep = (argument, f"{name}_tokens", f"{name}_key")
+    absent, stand_ins = [], []
+
+    def own(item):
+        return {key: item[key] for key in keep if item.get(key) is not None}
 
     def collate(items):
-        return collator([{key: item[key] for key in keep if key in item} for item in items])
+        items = [own(item) for item in items]
+        absent.extend(not item for item in items)
+        if not all(items) and not stand_ins:
+            stand_ins.extend([item for item in items if item][:1] or [next(filter(None, map(own, data)), None)])
+            if stand_ins == [None]:
+                raise ValueError(f"no row has a {name!r}. Evaluate rows that have both modalities.")
+        return collator([item or stand_ins[0] for item in items])
 
     collator = SampleCollator(processor, deduplicate=False)
     data = samples if rows is None else Subset(samples, rows)
@@ -166,7 +177,9 @@ def features_of(model, processor, samples, name, rows=None, batch_size=64, dtype
         batch = {key: value.to(model.device) for key, value in batch.items()}
         *part, levels = encode_batch(model, name, batch, dtype)
         parts.append(part)
-    return FeatureStore.of(parts, levels)
+    store = FeatureStore.of(parts, levels)
+    store.absent = torch.tensor(absent) if any(absent) else None
+    return store
 
 
 def encode_batch(model, name, batch, dtype=torch.float32):
@@ -187,7 +200,9 @@ def rank_pairs(model, stores, rows):
     return torch.cat(scores)
 
 
-def evaluate_two_stages(model, processor, samples, rerank=32, full=False, fold_size=None, progress=True):
+def evaluate_two_stages(
+    model, processor, samples, rerank=32, full=False, fold_size=None, by_image=False, progress=True
+):
     """Retrieval between the first two modalities of a model: by embeddings alone, with the best ranked again by
     cross-attention, and by cross-attention over all pairs.
 
@@ -195,6 +210,10 @@ def evaluate_two_stages(model, processor, samples, rerank=32, full=False, fold_s
         samples: RowDataset of the task "retrieval". rerank: how many candidates of each query are ranked again; 0: none.
         full: also score all pairs. fold_size: average over folds of so many inputs of the first modality (1000: the "1K"
             protocol of COCO), each with what is right for it of the second.
+        by_image: right is what came with the same image, alone, as COCO and Flickr30K are scored: of two images with the same caption
+            each has its own. Else both are right for it.
+
+    An input that a row lacks asks nothing, and is no candidate.
 
     A model whose embeddings were not trained (`contrastive_weight=0`) has every candidate ranked by cross-attention, and one
     whose cross-attention was not (`matching_weight=0`) none.
@@ -204,7 +223,12 @@ def evaluate_two_stages(model, processor, samples, rerank=32, full=False, fold_s
         with `full_` of all pairs.
     """
     names, letters = direction_names(model.config)
-    first, right = inputs_of(samples.targets)
+    targets = samples.targets
+    if by_image:
+        targets = [target | {"keys": [key for key in target["keys"] if key[0] == "image"]} for target in targets]
+        if not all(target["keys"] for target in targets):
+            raise ValueError("by_image=True, and the rows belong together by class, not by image. Leave it out.")
+    first, right = inputs_of(targets)
     if not model.config.matching_weight:
         rerank, full = 0, False
     elif not model.config.contrastive_weight and rerank:
@@ -214,6 +238,7 @@ def evaluate_two_stages(model, processor, samples, rerank=32, full=False, fold_s
         for name, rows in zip(names, (first, None), strict=True)
     }
     sizes = [len(stores[name]) for name in names]
+    right = right.without(*(stores[name].absent for name in names))
     folds = None
     if fold_size is not None:
         if not 0 < fold_size <= sizes[0]:
@@ -222,8 +247,9 @@ def evaluate_two_stages(model, processor, samples, rerank=32, full=False, fold_s
         folds = [(part, right.own(part)) for part in parts]
 
     def near(queries, candidates, swap):
-        asked, offered = (stores[name].embeddings for name in (names[::-1] if swap else names))
-        return asked[queries] @ offered[candidates].T
+        asked, offered = (stores[name] for name in (names[::-1] if swap else names))
+        scores = asked.embeddings[queries] @ offered.embeddings[candidates].T
+        return scores if offered.absent is None else scores.masked_fill(offered.absent[candidates], -torch.inf)
 
     def pairs(queries, candidates, swap):
         """queries (N,) with candidates (N,)."""
@@ -235,12 +261,14 @@ def evaluate_two_stages(model, processor, samples, rerank=32, full=False, fold_s
         scores = near(queries, candidates, swap)
         best = scores.topk(min(rerank, len(candidates)), dim=1).indices
         ranked = pairs(queries.repeat_interleave(best.shape[1]), candidates[best.flatten()], swap).view(best.shape)
-        # Cosines lie in [-1, 1]: what is not ranked again keeps its order below.
-        return (scores - 2.0 + ranked.amin(dim=1, keepdim=True).clamp(max=0.0)).scatter(1, best, ranked)
+        # What is not there stays last. Cosines lie in [-1, 1]: what is not ranked again keeps its order below.
+        below = scores - 2.0 + ranked.amin(dim=1, keepdim=True).clamp(max=0.0)
+        return below.scatter(1, best, torch.where(scores.gather(1, best).isinf(), -torch.inf, ranked))
 
     def all_pairs(queries, candidates, swap):
         every = pairs(queries.repeat_interleave(len(candidates)), candidates.repeat(len(queries)), swap)
-        return every.view(len(queries), len(candidates))
+        every = every.view(len(queries), len(candidates))
+        return every.masked_fill(near(queries, candidates, swap).isinf(), -torch.inf)
 
     stages = {"contrastive_": near} | ({"": again} if rerank else {}) | ({"full_": all_pairs} if full else {})
     found, (forth, back) = {}, ("2".join(letters), "2".join(letters[::-1]))
@@ -297,6 +325,18 @@ class RightPairs:
             for key in self.first_keys[row]:
                 right[place, places.get(key, [])] = True
         return right
+
+    def without(self, first, second):
+        """The same, but that nothing is right for, or as, what is absent: (N,) bool of the first and of the second, or None."""
+        if first is None and second is None:
+            return self
+        keys = [
+            own
+            if absent is None
+            else [set() if gone else keys for keys, gone in zip(own, absent.tolist(), strict=True)]
+            for own, absent in ((self.first_keys, first), (self.second_keys, second))
+        ]
+        return RightPairs(*keys)
 
     def own(self, rows):
         """Indices of all of the second that are right for any of `rows`."""

@@ -128,7 +128,7 @@ class RetrievalTask(OpenTask):
     main_metric = "mean_r1"
     majority_name = "by chance"
     scores_whole = True
-    evaluate_options = ("rerank", "full", "fold_size")
+    evaluate_options = ("rerank", "full", "fold_size", "by_image")
 
     def describe(self):
         return "pairs"
