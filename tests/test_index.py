@@ -118,6 +118,70 @@ def test_a_build_that_was_cut_off_goes_on(index, world, tmp_path, monkeypatch):
         assert [hit["title"] for hit in again.search(text=text, top_k=6)] == [hit["title"] for hit in expected]
 
 
+def test_a_build_that_was_cut_off_in_its_first_part_goes_on_too(world, tmp_path, monkeypatch):
+    from crossmodal.training import index as module
+
+    model, processor, images, texts = world
+    with monkeypatch.context() as patch:
+        patch.setattr(module.np, "save", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            CrossModalIndex(tmp_path / "cut", model, processor).add("text", texts)
+    (tmp_path / "cut" / "text").mkdir(exist_ok=True)
+    (tmp_path / "cut" / "text" / "00000.tokens.npy").write_bytes(b"half")
+    again = CrossModalIndex(tmp_path / "cut", model, processor)
+    assert again.add("text", [*texts, None]) == 6 and again.sizes == {"text": 6}
+    assert CrossModalIndex(tmp_path / "none", model, processor).add("text", []) == 0
+    with pytest.raises(ValueError, match="is empty"):
+        CrossModalIndex(tmp_path / "none", model, processor).search(text="a")
+
+
+def test_an_index_belongs_to_its_model_wherever_that_lies(trained, world, tmp_path, monkeypatch):  # noqa: F811
+    import shutil
+
+    from crossmodal.training.console import load_model
+
+    model, processor, images, texts = world
+    folder = tmp_path / "index"
+    built = CrossModalIndex(folder, model, processor, source=str(trained[0]))
+    built.add("vision", images, [{"title": text} for text in texts])
+    expected = built.search(text=texts[0], top_k=3)
+    shutil.copytree(trained[0], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    for source in (None, str(tmp_path / "copy"), "copy"):
+        found = CrossModalIndex.load(folder, source).search(text=texts[0], top_k=3)
+        assert [hit["title"] for hit in found] == [hit["title"] for hit in expected]
+    built.save(tmp_path / "saved")
+    assert CrossModalIndex.load(tmp_path / "saved").sizes == {"vision": 6}
+    with pytest.raises(ValueError, match="is there already"):
+        built.save(tmp_path / "saved")
+    # An order by other weights is of the same features; smaller images are not.
+    other, reader = load_model(str(trained[0]))
+    other.config.rank_weight = 0.25
+    assert CrossModalIndex(folder, other, reader).sizes == {"vision": 6}
+    reader.image_processor.size = {"height": 8, "width": 8}
+    with pytest.raises(ValueError, match="is of another model"):
+        CrossModalIndex(folder, other, reader)
+
+
+def test_many_queries_are_ranked_in_parts_and_untrained_parts_are_not_asked(index, world, monkeypatch):
+    from crossmodal.training import index as module
+
+    model, _, _, texts = world
+    whole = index.search(text=texts, top_k=6)
+    monkeypatch.setattr(module, "_PAIRS", 7)
+    model.train()
+    for hits, expected in zip(index.search(text=texts, top_k=6), whole, strict=True):
+        assert [hit["title"] for hit in hits] == [hit["title"] for hit in expected]
+        assert [hit["score"] for hit in hits] == pytest.approx([hit["score"] for hit in expected], rel=1e-4, abs=1e-5)
+    assert not model.training
+    monkeypatch.setattr(model.config, "contrastive_weight", 0.0)
+    every = index.search(text=texts[0], top_k=6, rerank=6)
+    assert index.search(text=texts[0], top_k=1, rerank=1)[0] == every[0]
+    monkeypatch.setattr(model.config, "contrastive_weight", 1.0)
+    monkeypatch.setattr(model.config, "matching_weight", 0.0)
+    assert all(hit["score"] == hit["similarity"] for hit in index.search(text=texts[0], top_k=6))
+
+
 def test_what_is_wrong_with_an_index_or_a_query_is_said(index, world, tmp_path):
     model, processor, images, texts = world
     with pytest.raises(ValueError, match="Expected exactly one of"):
@@ -132,6 +196,8 @@ def test_what_is_wrong_with_an_index_or_a_query_is_said(index, world, tmp_path):
         empty.search(text="a")
     with pytest.raises(ValueError, match="3 items for 6 inputs"):
         empty.add("text", texts, [{}] * 3)
+    with pytest.raises(ValueError, match=r"items have \['key', 'score'\], which hits say by themselves"):
+        empty.add("vision", images[:1], [{"score": 1, "key": "sku-0", "title": "a"}])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("x")
     with pytest.raises(ValueError, match="is no index"):
@@ -169,16 +235,25 @@ def test_the_command_line_indexes_a_dataset_and_searches_it(trained, tmp_path, c
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["sizes"] == {"vision": 6, "text": 12}
     picture = tmp_path / "hits.png"
     command = ("search", tmp_path / "shop", "--top-k", 3, "--json")
-    assert run(*command, "--text", "red and blue", *where, "--output", picture) == 0
+    # The index knows its dataset.
+    assert run(*command, "--text", "red and blue", "--output", picture) == 0
     hits = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(hits) == 3 and all("row" in hit and hit["texts"] for hit in hits)
     assert Image.open(picture).size[0] > 400
     assert run(*command, "--image", tmp_path / "query.png") == 0
     assert all(hit["text"] for hit in json.loads(capsys.readouterr().out.splitlines()[-1]))
+    plain = CrossModalIndex(tmp_path / "plain", trained[1]["model"], trained[1]["processor"], source=str(trained[0]))
+    plain.add("vision", [rows[0]["image"]], [{"title": "a picture"}])
+    assert run("search", tmp_path / "plain", "--text", "a") == 0
+    assert capsys.readouterr().out.endswith("a picture\n")
+    small = tmp_path / "small"
+    small.mkdir()
+    rows.select([0]).to_parquet(small / "train.parquet")
     for arguments, said in (
         (("search", tmp_path / "shop"), "Give exactly one"),
         (("search", tmp_path / "nothing", "--text", "a"), "holds no index"),
-        ((*command, "--text", "a", "--output", picture), "Give it with --dataset"),
+        (("search", tmp_path / "plain", "--text", "a", "--output", picture), "Give it with --dataset"),
+        ((*command, "--text", "a", "--dataset", small, "--output", picture), "hits are of rows that"),
     ):
         assert run(*arguments) == 2
         assert said in capsys.readouterr().err

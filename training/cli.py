@@ -271,7 +271,7 @@ def index(
 
     loaded, processor = load_model(model, "CrossModalForRetrieval")
     rows = load_rows(dataset, split)
-    built = CrossModalIndex(output, loaded, processor, source=model)
+    built = CrossModalIndex(output, loaded, processor, source=model, dataset=dataset, split=split)
     added = index_rows(built, rows)
     for name, size in built.sizes.items():
         note(f"{name}: {size:,} in the index, {added.get(name, 0):,} of them new.")
@@ -293,9 +293,11 @@ def search(
     model: Annotated[str | None, typer.Option(help="Where its model is; else where it was when it was built.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
     rerank: Annotated[int, typer.Option(min=0, help="Candidates that cross-attention ranks again.")] = 32,
-    output: Annotated[str | None, typer.Option(help="Picture of the hits to write; needs --dataset.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="The dataset of the index, for the picture.")] = None,
-    split: Annotated[str, typer.Option(help="Its split.")] = "train",
+    output: Annotated[str | None, typer.Option(help="Picture of the hits to write.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="The dataset of the index, for the picture; else what it was built of.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Its split; else that, or train.")] = None,
     as_json: JSON = False,
 ):
     """Search an index by an input of one modality."""
@@ -305,24 +307,25 @@ def search(
         raise ValueError(
             "a query is one of --text '...', --image FILE, --audio FILE, --video FILE and --input NAME=FILE. Give exactly one."
         )
+    quiet()
+    from .index import CrossModalIndex, listing_of
+
+    dataset = dataset or listing_of(folder).get("dataset")
     if output is not None and dataset is None:
         raise ValueError("--output draws the images of the dataset that was indexed. Give it with --dataset.")
-    quiet()
-    from .index import CrossModalIndex, source_of
-
-    source = model or source_of(folder)
-    if source is None:
-        raise ValueError(f"the index {folder!r} does not say where its model is. Give it with --model.")
-    loaded, processor = load_model(source, "CrossModalForRetrieval")
-    found = CrossModalIndex(folder, loaded, processor)
+    found = CrossModalIndex.load(folder, model)
     hits = found.search(top_k=top_k, rerank=rerank, **query, **arrays(inputs, "--input"))
     if output is not None:
         from .datasets import RowDataset
         from .loading import load_rows
         from .pictures import search_grid
 
-        samples = RowDataset(load_rows(dataset, split), "retrieval")
+        samples = RowDataset(load_rows(dataset, split or found.split or "train"), "retrieval")
         place = {row: n for n, (row, _) in reversed(list(enumerate(samples.places)))}
+        if not all(hit.get("row") in place for hit in hits):
+            raise ValueError(
+                f"hits are of rows that {dataset!r} does not have. Give the dataset of the index with --dataset and --split."
+            )
         images = [samples.picture_of(place[hit["row"]]) for hit in hits]
         search_grid(text or f"what fits {Path((inputs or list(query.values()))[0]).name}", hits, images, output)
         note(f"picture: {output}")
@@ -330,8 +333,10 @@ def search(
         print_json(hits)
         return
     for hit in hits:
-        said = hit.get("text") or " | ".join(hit["texts"])
-        print(f"{hit['score']:8.3f}  {hit['similarity']:6.3f}  row {hit['row']}  {said}".rstrip())
+        kept = {key: value for key, value in hit.items() if key not in ("score", "similarity", "row", "texts", "text")}
+        said = hit.get("text") or " | ".join(hit.get("texts") or map(str, kept.values()))
+        row = f"row {hit['row']}  " if "row" in hit else ""
+        print(f"{hit['score']:8.3f}  {hit['similarity']:6.3f}  {row}{said}".rstrip())
 
 
 app.add_typer(cli_hub.app)

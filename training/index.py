@@ -2,7 +2,7 @@
 
 On disk a folder per modality, of parts that are whole once `index.json` names them:
 
-    index.json                      the model it is of, and every part with its sizes
+    index.json                      the model it is of, the dataset, if it is of one, and every part with its sizes
     <modality>/<n>.embeddings.npy   (N,E) float32, length 1
     <modality>/<n>.tokens.npy       (sum of all T, L * D) float16, the L levels side by side, read where they lie
     <modality>/<n>.offsets.npy      (N + 1,)
@@ -15,6 +15,7 @@ import bisect
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,30 +24,67 @@ import torch
 from tqdm import tqdm
 
 from .datasets import RowDataset
-from .retrieval import encode_batch, features_from, inputs_of
+from .retrieval import _PAIRS, encode_batch, features_from, inputs_of
 from .token_cache import content_key, update_with_weights
 
 
 _PART = 1024
+# Of a hit, or of an item in its file.
+_OWN_NAMES = {"key", "score", "similarity"}
 # Of a product with all vectors; more would only take memory.
 _QUERIES_AT_ONCE = 256
 
 
-def model_key(model):
-    """Hash of the weights and the config that features depend on."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+# Of a config: where a model lies, who wrote it, and what only a loss or an order depends on.
+_NOT_OF_FEATURES = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "rank_weight",
+    "contrastive_weight",
+    "matching_weight",
+    "alignment_weight",
+    "cross_weight",
+)
+
+
+def model_key(model, processor):
+    """Hash of the weights and of what else features depend on: the same for a model in memory, in its folder, and in a copy of it."""
+    settings = [model.config.to_diff_dict()]
+    settings += [
+        part.to_dict()
+        for part in (getattr(processor, "image_processor", None), getattr(processor, "feature_extractor", None))
+        if part is not None
+    ]
+    digest = hashlib.sha256(json.dumps(_of_features(settings), sort_keys=True, default=str).encode())
     update_with_weights(digest, model)
     return digest.hexdigest()[:32]
 
 
-def source_of(folder):
-    """Where the model of an index is loaded from, or None. Raises ValueError if the folder holds no index."""
+def _of_features(value):
+    if isinstance(value, dict):
+        kept = {key: part for key, part in value.items() if key not in _NOT_OF_FEATURES and not key.endswith("_class")}
+        return {key: _of_features(part) for key, part in kept.items()}
+    return [_of_features(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def listing_of(folder):
+    """What an index says of itself: `source`, where its model is loaded from, and `dataset` and `split`, of which it is, or None.
+
+    Raises:
+        ValueError: if the folder holds no index.
+    """
     listing = Path(folder) / "index.json"
     if not listing.exists():
         raise ValueError(
             f"{str(folder)!r} holds no index. Build one with `crossmodal index MODEL --dataset D --output {folder}`."
         )
-    return json.loads(listing.read_text()).get("source")
+    return json.loads(listing.read_text())
 
 
 def index_rows(index, rows, progress=True):
@@ -94,9 +132,10 @@ class CrossModalIndex:
     Args:
         folder: of the index; made if it is not there, continued if it is one of this model.
         model: CrossModalForRetrieval. processor: its processor.
-        source: where the model is loaded from (folder or Hub id), kept in the index for `source_of`.
-        use_faiss: find candidates by FAISS's flat index instead of a matrix product, which was faster wherever it was measured
+        source: where the model is loaded from (folder or Hub id), kept in the index for `load`.
+        use_faiss: find candidates by FAISS's flat index instead of a matrix product, which is faster for several queries at once
             (`crossmodal benchmark --retrieval`); both are exact.
+        dataset, split: of what it is, kept in the index for pictures of hits.
 
     Raises:
         ValueError: for an index of another model, and one of which a file is missing or cut off.
@@ -108,12 +147,13 @@ class CrossModalIndex:
         [{"score": 9.1, "similarity": 0.43, "title": "..."}, ...]
     """
 
-    def __init__(self, folder, model, processor, source=None, use_faiss=False):
+    def __init__(self, folder, model, processor, source=None, use_faiss=False, dataset=None, split=None):
         if use_faiss and not has_faiss():
             raise ValueError("use_faiss=True, and FAISS is not installed. Install it with `pip install faiss-cpu`.")
         self.folder, self.model, self.processor, self.source = Path(folder), model.eval(), processor, source
+        self.dataset, self.split = dataset, split
         self.stores = {name: _Store(self.folder / name, use_faiss) for name in model.config.modality_names}
-        self._key = model_key(model)
+        self._key = model_key(model, processor)
         listing = self.folder / "index.json"
         if listing.exists():
             try:
@@ -126,10 +166,42 @@ class CrossModalIndex:
                     f"the index {str(folder)!r} is of another model, or of this one before it was trained further. Build it "
                     "anew with this model, or search it with its own."
                 )
+            self.source = self.source or found.get("source")
+            if dataset is None:
+                self.dataset, self.split = found.get("dataset"), found.get("split")
             for name, own in parts.items():
                 self.stores[name].open(own)
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{str(folder)!r} holds files and is no index. Choose an empty folder.")
+
+    @classmethod
+    def build(cls, folder, model, processor, rows, progress=True, **options):
+        """An index of every image and text of rows (of a schema of the task "retrieval"); one that was cut off goes on. options: as of
+        the class."""
+        index = cls(folder, model, processor, **options)
+        index_rows(index, rows, progress)
+        return index
+
+    @classmethod
+    def load(cls, folder, source=None, use_faiss=False):
+        """An index with its model and processor, from `source` (folder or Hub id), or from where they were when it was built."""
+        from .console import load_model
+
+        source = source or listing_of(folder).get("source")
+        if source is None:
+            raise ValueError(f"the index {str(folder)!r} does not say where its model is. Say its source.")
+        return cls(folder, *load_model(source, "CrossModalForRetrieval"), source=source, use_faiss=use_faiss)
+
+    def save(self, folder):
+        """Writes a copy of the index to another folder, whole or not at all: what is added is in its own at once."""
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{str(folder)!r} is there already. Choose an empty folder.")
+        self._list()
+        aside = folder.with_name(f"{folder.name}.writing")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(self.folder, aside)
+        os.replace(aside, folder)
 
     def __len__(self):
         return sum(len(store) for store in self.stores.values())
@@ -144,7 +216,8 @@ class CrossModalIndex:
         """Adds inputs of a modality; those that are there already are left out.
 
         Args:
-            modality: name. inputs: raw values as the processor takes them. items: dict of what to keep beside each.
+            modality: name. inputs: raw values as the processor takes them; None is left out. items: dict of what to keep beside
+                each, without the names `key`, `score` and `similarity`.
 
         Returns:
             how many were new. A build that is cut off keeps the parts that were whole: add the same inputs again.
@@ -154,8 +227,15 @@ class CrossModalIndex:
         items = [{} for _ in inputs] if items is None else items
         if len(items) != len(inputs):
             raise ValueError(f"{len(items)} items for {len(inputs)} inputs. Give one for each, or none.")
+        if taken := sorted(_OWN_NAMES & {name for item in items for name in item}):
+            raise ValueError(f"items have {taken}, which hits say by themselves. Give them other names.")
+        self.model.eval()
+        # A build that is cut off in its first part is an index too.
+        self._list()
         new, seen = [], set()
         for place in range(len(inputs)):
+            if inputs[place] is None:
+                continue
             key = content_key(inputs[place])
             if key not in store and key not in seen:
                 seen.add(key)
@@ -176,8 +256,11 @@ class CrossModalIndex:
         listing = {
             "source": self.source,
             "model": self._key,
+            "dataset": self.dataset,
+            "split": self.split,
             "parts": {name: store.parts for name, store in self.stores.items()},
         }
+        self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / "index.json.writing"
         aside.write_text(json.dumps(listing, indent=1))
         os.replace(aside, self.folder / "index.json")
@@ -205,19 +288,25 @@ class CrossModalIndex:
         store = self.stores[target]
         if top_k < 1 or rerank < 0:
             raise ValueError(f"top_k={top_k}, rerank={rerank}. Expected at least 1 and 0.")
+        self.model.eval()
         batch = self.processor(**{self.processor.argument_of(modality): values}).to(self.model.device)
         found = self.model.features(batch)[0][modality]
         queries = found.spread(found.embeddings).float().cpu()
+        config = self.model.config
+        if rerank and not config.contrastive_weight:
+            # Embeddings that were not trained find nothing.
+            rerank = len(store)
         # Inputs of one modality have no cross-attention with each other.
-        rerank = 0 if target == modality else min(rerank, len(store))
+        rerank = min(rerank, len(store)) if target != modality and config.matching_weight else 0
         similarities, rows = store.nearest(queries, min(max(top_k, rerank), len(store)))
         scores = similarities
         if rerank:
-            pairs = rows[:, :rerank]
-            asked = torch.arange(len(values)).repeat_interleave(rerank).to(self.model.device)
-            features = {modality: found.at(asked), target: store.features(pairs.flatten(), self.model)}
-            ordered = {name: features[name] for name in self.model.config.modality_names if name in features}
-            ranked = self.model.rank(ordered).float().cpu().view(len(values), rerank)
+            ranked = torch.cat(
+                [
+                    self._ranked(found, modality, target, some, rows[some, :rerank])
+                    for some in torch.arange(len(values)).split(max(1, _PAIRS // rerank))
+                ]
+            )
             # What was not ranked again keeps its order below.
             below = ranked.amin(dim=1, keepdim=True).clamp(max=0.0) + similarities[:, rerank:] - 2.0
             scores = torch.cat([ranked, below], dim=1)
@@ -230,6 +319,16 @@ class CrossModalIndex:
             for q in range(len(values))
         ]
         return hits if many else hits[0]
+
+    def _ranked(self, found, modality, target, some, candidates):
+        """Scores (q,C) of some queries (q,), whose features are `found`, with candidates (q,C) of the index."""
+        asked = some.repeat_interleave(candidates.shape[1]).to(self.model.device)
+        features = {
+            modality: found.at(asked),
+            target: self.stores[target].features(candidates.flatten(), self.model),
+        }
+        ordered = {name: features[name] for name in self.model.config.modality_names if name in features}
+        return self.model.rank(ordered).float().cpu().view(candidates.shape)
 
     def _modality_of(self, query):
         names = {self.processor.argument_of(name): name for name in self.model.config.modality_names}
