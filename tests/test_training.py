@@ -235,6 +235,7 @@ def test_a_folder_that_another_run_is_at_work_in_is_refused_and_left_as_it_is(tm
             )
             tried = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
             assert tried.returncode and "FolderTaken" in tried.stderr
+    assert not list(tmp_path.glob(".*.lock"))
     with at_work_in(tmp_path / "run"):
         pass
 

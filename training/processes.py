@@ -110,18 +110,24 @@ def alone_in(folder):
     Raises:
         FolderTaken: in every process of the run, where another run is in it.
     """
-    folder, file = Path(folder).resolve(), None
+    folder, file, path = Path(folder).resolve(), None, None
 
     def take():
-        nonlocal file
-        name = hashlib.sha256(str(folder).encode()).hexdigest()[:24]
-        file = open(Path(tempfile.gettempdir()) / f"crossmodal-{os.getuid()}-{name}.lock", "a")
+        nonlocal file, path
+        path, file = _lock_file(folder)
         try:
             # A record lock: workers that outlive a killed run do not have it, as they would have one of `flock`.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.close()
             return False
+        except OSError:
+            # A file system without locks.
+            return True
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            # The run before has removed it in between.
+            file.close()
+            return take()
         return True
 
     if fcntl is None or folder in _HELD:
@@ -137,4 +143,17 @@ def alone_in(folder):
     finally:
         _HELD.discard(folder)
         if file is not None:
+            path.unlink(missing_ok=True)
             file.close()
+
+
+def _lock_file(folder):
+    """Path and open file of what says that a folder is taken: beside it, or, where nothing may be written there, among temporary files."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = folder.with_name(f".{folder.name}.lock")
+        return path, open(path, "a")
+    except OSError:
+        name = hashlib.sha256(str(folder).encode()).hexdigest()[:24]
+        path = Path(tempfile.gettempdir()) / f"crossmodal-{os.getuid()}-{name}.lock"
+        return path, open(path, "a")
