@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import zoo
 from crossmodal.modeling.fusion_crossmodal import FUSIONS
-from crossmodal.training.explain import attention_across, deletion_test, explain, removable, without
+from crossmodal.training.explain import attention_across, deletion_test, explain, removable, rows_of_steps, without
 from crossmodal.training.pictures import explanation_picture
 from PIL import Image
 from test_encoders import compose
@@ -12,7 +13,9 @@ from test_pipeline import picture, tiny_processor_and_model
 
 from crossmodal import (
     CrossModalConfig,
+    CrossModalForRetrieval,
     CrossModalForSequenceClassification,
+    CrossModalModel,
     CrossModalProcessor,
     FeatureSequenceConfig,
 )
@@ -204,6 +207,51 @@ def test_an_answer_is_drawn_whatever_looks_at_what_and_whatever_is_given(overrid
         record = explain(model, processor, **inputs)
         explanation_picture(record, tmp_path / "out.png")
         assert record["answers"][0][1] > 0
+
+
+@pytest.mark.parametrize("head", [CrossModalForRetrieval, CrossModalModel])
+def test_a_model_that_chooses_no_answer_says_so(head):
+    processor, _ = tiny_processor_and_model()
+    model = head(zoo.tiny_config())
+    with pytest.raises(ValueError, match=f"{head.__name__} chooses no answer.*CrossModalForVQA"):
+        explain(model, processor, images=picture("red"), text="what color?")
+
+
+@pytest.mark.parametrize("kind", ["audio-spectrogram-transformer", "crossmodal_mmvit_sound"])
+def test_patches_of_sound_lie_in_bands_over_time(kind):
+    model, name, batch = compose(kind, CrossModalModel, levels=[0])
+    key = model.config.input_keys(name)[0]
+    time = 1 if kind.startswith("audio") else 2
+    late = batch[key].clone()
+    late.transpose(0, time)[-late.shape[time] // 4 :] += 3.0
+    with torch.no_grad():
+        tokens = [
+            model.encode(model._collect_inputs({**batch, key: x}))[0][name].levels[0] for x in (batch[key], late)
+        ]
+    rows, steps = rows_of_steps(model, batch, name, tokens[0].shape[1])
+    assert 0 <= tokens[0].shape[1] - rows * steps <= 2 and 1 < steps < late.shape[time]
+    # Sound that changes late changes the last step, in every band, and not the first.
+    change = (tokens[1] - tokens[0]).norm(dim=-1)[0, -rows * steps :].view(rows, steps)
+    assert (change[:, -1] > 0.1).all() and (change[:, 0] < 1e-4).all()
+
+
+def test_a_spectrogram_is_explained_and_drawn(tmp_path):
+    model, name, batch = compose("audio-spectrogram-transformer", CrossModalForSequenceClassification)
+    length = model(**batch, output_hidden_states=True).modality_tokens[name].shape[1]
+    rows, steps = rows_of_steps(model, batch, name, length)
+    seen = np.zeros(length)
+    seen[-rows * steps :] = np.tile(np.arange(steps), rows)
+    record = {
+        "inputs": {}, "types": {name: "audio"}, "answers": [("a", 0.7), ("b", 0.3)], "modality_weights": {name: 1.0},
+        "attention": {}, "gates": [], "words": {name: None}, "grids": {}, "rows_of_steps": {name: (rows, steps)},
+        "token_weights": {name: seen},
+    }  # fmt: skip
+    with Image.open(explanation_picture(record, tmp_path / "why.png")) as picture:
+        drawn = np.asarray(picture.convert("L")).astype(int)
+    # One slope from nothing to the peak, not a slope for each band.
+    dark = (drawn < 200).sum(axis=0)
+    half = len(dark) // 2
+    assert dark[half:].sum() > 1.5 * dark[:half].sum()
 
 
 def test_silence_at_the_end_of_sound_is_no_part_to_remove():

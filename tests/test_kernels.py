@@ -250,5 +250,7 @@ def test_window_is_refused_where_an_axis_has_no_order():
     points = FeatureSequenceConfig(feature_size=3, use_positions=False)
     with pytest.raises(ValueError, match="modality 'points'"):
         CrossModalConfig(modalities={"points": points}, attention_kernel="window")
+    with pytest.raises(ValueError, match=r"'points' \(type 'points'\) has none"):
+        zoo.tiny_config("points", "text", attention_kernel="window")
     with pytest.raises(ValueError, match="use_positions=False says that they have none"):
         FeatureSequenceConfig(use_positions=False, attention_kernel="window")

@@ -82,6 +82,23 @@ def token_mask(model, batch, name, length, device):
     return mask.bool()
 
 
+def rows_of_steps(model, batch, name, length):
+    """(rows, steps) of the patches of a spectrogram, the last rows * steps of `length` tokens, a row after the other; None for a modality
+    whose tokens are steps themselves, or no patches of sound."""
+    encoder, values = model.base_model.encoders[name], batch.get(model.config.input_keys(name)[0])
+    config = getattr(encoder, "config", None)
+    if model.config.modality_settings[name]["type"] != "audio" or values is None:
+        return None
+    if hasattr(encoder, "token_grid"):
+        # Views lie behind one another.
+        steps = encoder.token_grid(*values.shape[-2:])[1]
+        return length // steps, steps
+    if not isinstance(getattr(config, "patch_size", None), int):
+        return None
+    bands = (values.shape[2] - config.patch_size) // config.frequency_stride + 1
+    return bands, (values.shape[1] - config.patch_size) // config.time_stride + 1
+
+
 def removable(model, processor, batch, name, length, grid, device):
     """(B, length) bool: tokens that can be taken from the input one by one: patches, words, steps; not special tokens."""
     found = token_mask(model, batch, name, length, device).clone()
@@ -205,8 +222,17 @@ def explain(model, processor, top_k=3, **inputs):
     Returns:
         dict with `answers` [(label, score)], `modality_weights` {name: weight}, `attention` {"m<-n": (T_m,T_n) array},
         `gates` [per layer {"m<-n": part}], `words` {name: [(word, places of its tokens)] of a text, else None}, `grids` {name: (h,w)},
+        `rows_of_steps` {name: see there, or None},
         `token_weights` {name: (T_n,)} (how much each token was attended to) and `inputs`.
+
+    Raises:
+        ValueError: for a model that chooses no answer.
     """
+    if not any(parent.__name__ == "CrossModalClassifier" for parent in type(model).__mro__):
+        raise ValueError(
+            f"{type(model).__name__} chooses no answer whose origin could be shown. Expected CrossModalForVQA or "
+            "CrossModalForSequenceClassification; other heads give maps with output_attentions=True."
+        )
     model.eval()
     batch = processor(**inputs)
     batch = {key: value.to(model.device) for key, value in batch.items()}
@@ -233,6 +259,9 @@ def explain(model, processor, top_k=3, **inputs):
             for name in present
         },
         "grids": dict(output.token_grids or {}),
+        "rows_of_steps": {
+            name: rows_of_steps(model, batch, name, output.modality_tokens[name].shape[1]) for name in present
+        },
         "token_weights": {name: found[0].cpu().numpy() for name, found in weights.items() if found is not None},
     }
 

@@ -267,14 +267,20 @@ def _draw_track(
     sentence: str | None,
     chosen: list[tuple[str, list[int]]],
 ) -> None:
-    """Attention along time: a curve of the whole, and a strip per chosen word."""
+    """Attention along time: a curve of the whole, and a strip per chosen word; of patches of a spectrogram the mean over bands."""
     from matplotlib import colormaps
+
+    def over_time(seen: np.ndarray | None) -> np.ndarray | None:
+        rows = record["rows_of_steps"].get(name)
+        if seen is None or rows is None:
+            return seen
+        return np.asarray(seen)[-rows[0] * rows[1] :].reshape(rows).mean(axis=0)
 
     left, top, room, _ = place
     label = 0.9
     _write(page, left, top + 0.08, f"{name} over time", size=9, color=MUTED)
-    curves = [("all", record["token_weights"].get(name))]
-    curves += [(word, _look(record, sentence, name, places)) for word, places in chosen]
+    curves = [("all", over_time(record["token_weights"].get(name)))]
+    curves += [(word, over_time(_look(record, sentence, name, places))) for word, places in chosen]
     y = top + 0.2
     for word, seen in curves:
         if seen is None:
