@@ -240,6 +240,21 @@ def test_metrics_of_a_regression_and_of_sentiment_are_worked_by_hand():
         RegressionTask.from_targets(["good"])
 
 
+def test_of_a_regression_the_checkpoint_with_the_smallest_error_is_kept(tmp_path):
+    numbers = [float(len(label)) for label in post_rows(16)["label"]]
+    rows = post_rows(16).select_columns(["text"]).add_column("score", numbers)
+    values = copy.deepcopy(TINY_RECIPE) | {
+        "task": "regression",
+        "dataset": "rows",
+        "output_dir": str(tmp_path / "run"),
+    }
+    values["model"] = {"encoders": {"text": values["model"]["encoders"]["text"]}}
+    values["training"] |= {"num_train_epochs": 4, "learning_rate": 3e-2, "save_strategy": "epoch"}
+    result = train(Recipe(**values, name="numbers"), rows, rows, write=lambda line: None, export=False)
+    errors = [entry["eval_mae"] for entry in result["log"] if "eval_mae" in entry]
+    assert len(set(errors)) > 2 and result["metrics"]["mae"] == pytest.approx(min(errors))
+
+
 def test_a_row_without_a_number_teaches_nothing():
     model = head(num_labels=1, problem_type="regression")
     batch = zoo.tiny_batch(model.config)

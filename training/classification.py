@@ -246,6 +246,7 @@ class RegressionTask(Task):
     percent = 1
     metrics = ("mae", "rmse", "corr", "r2")
     main_metric = "mae"
+    greater_is_better = False
     reads_features = True
     label2id = {"score": 0}
     answers = {"id2label": {0: "score"}, "problem_type": "regression"}

@@ -41,7 +41,8 @@ def robustness_plot(table: Sequence[Record], metric: str, path: str | os.PathLik
             axes.set_title(f"{modality}: {key[1]}", fontsize=9, color=INK, loc="left", family=FONT)
             axes.set_xlabel(key[2], fontsize=8, color=MUTED, family=FONT)
             axes.tick_params(labelsize=7, colors=MUTED)
-            axes.set_ylim(0, 1)
+            # Parts of one share a scale from 0 to 1; errors and per cent begin at 0 too.
+            axes.set_ylim(0, max(1, 1.05 * max(row[metric] for row in table)))
             axes.grid(axis="y", color=EDGE, linewidth=0.6)
             axes.set_axisbelow(True)
             for side in ("top", "right"):

@@ -27,6 +27,8 @@ class Task:
     scores_whole = False
     # Whether the model writes text.
     writes = False
+    # Of the main metric, by which the best checkpoint is chosen.
+    greater_is_better = True
     # Whether a baseline reads what pretrained encoders make of rows, before they are trained.
     reads_features = False
     # What `evaluate` takes beyond what all tasks take.

@@ -126,6 +126,9 @@ def _train(recipe, train_rows, eval_rows, fresh, write, export, warm_up_folder, 
         seen = train_dataset.first(STATISTICS_ROWS, recipe.seed) if streams else datasets["training"]
         take_statistics(plain, processor, seen)
     training = {**DEFAULTS, "metric_for_best_model": task.main_metric, "hub_model_id": output.name}
+    if recipe.training.get("metric_for_best_model", task.main_metric) == task.main_metric:
+        # Of a metric of another name Trainer, or the recipe, knows the direction.
+        training["greater_is_better"] = task.greater_is_better
     if not has_length(train_dataset):
         training |= steps_instead_of_epochs(recipe.training["max_steps"])
     training |= recipe.training
