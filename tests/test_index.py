@@ -257,3 +257,13 @@ def test_the_command_line_indexes_a_dataset_and_searches_it(trained, tmp_path, c
     ):
         assert run(*arguments) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_picture_whose_file_changed_is_another_one(world, tmp_path):
+    model, processor, images, _ = world
+    path = tmp_path / "picture.png"
+    images[0].save(path)
+    index = CrossModalIndex(tmp_path / "index", model, processor)
+    assert index.add("vision", [str(path)]) == 1 and index.add("vision", [path.read_bytes()]) == 0
+    images[1].save(path)
+    assert index.add("vision", [str(path)]) == 1

@@ -16,7 +16,7 @@ from crossmodal.training.collator import SampleCollator
 from crossmodal.training.datasets import RowDataset
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.tasks import VQATask
-from crossmodal.training.token_cache import TokenCache, _Store, content_key
+from crossmodal.training.token_cache import TokenCache, _Store, content_key, input_key
 from crossmodal.training.train import train
 from datasets import Dataset
 from datasets import Image as ImageFeature
@@ -150,6 +150,21 @@ def test_keys_tell_contents_apart():
     assert len(set(keys)) == len(keys)
     assert content_key({"bytes": b"a", "path": "x.png"}) == content_key(b"a")
     assert content_key("a") == content_key("a")
+
+
+def test_a_file_that_changed_has_another_key_and_words_are_no_path(tmp_path):
+    file, other = tmp_path / "x.mp4", tmp_path / "y.mp4"
+    file.write_bytes(b"one")
+    other.write_bytes(b"one")
+    key = input_key(str(file), "video")
+    # By its content, whichever way it is given and wherever it lies.
+    assert key == input_key(other, "video") == input_key({"bytes": None, "path": str(file)}, "video")
+    assert key == content_key(b"one")
+    frames = input_key([str(file), str(other)], "video")
+    file.write_bytes(b"two")
+    assert input_key(str(file), "video") != key and input_key([str(file), str(other)], "video") != frames
+    assert input_key(str(file), "text") == content_key(str(file))
+    assert input_key("http://a/x.mp4", "video") != input_key("http://a/y.mp4", "video")
 
 
 def test_a_file_is_an_entry_only_when_it_is_whole(tmp_path):

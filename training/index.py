@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .datasets import RowDataset
 from .retrieval import _PAIRS, encode_batch, features_from, inputs_of
-from .token_cache import content_key, update_with_weights
+from .token_cache import input_key, update_with_weights
 
 
 _PART = 1024
@@ -224,6 +224,7 @@ class CrossModalIndex:
         """
         self.model.crossmodal._known([modality])
         store, argument = self.stores[modality], self.processor.argument_of(modality)
+        kind = self.model.config.modality_settings[modality]["type"]
         items = [{} for _ in inputs] if items is None else items
         if len(items) != len(inputs):
             raise ValueError(f"{len(items)} items for {len(inputs)} inputs. Give one for each, or none.")
@@ -236,7 +237,7 @@ class CrossModalIndex:
         for place in range(len(inputs)):
             if inputs[place] is None:
                 continue
-            key = content_key(inputs[place])
+            key = input_key(inputs[place], kind)
             if key not in store and key not in seen:
                 seen.add(key)
                 new.append((place, key))

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -34,17 +34,35 @@ def content_key(value):
     return digest.hexdigest()[:32]
 
 
+def input_key(value, kind):
+    """`content_key` of an input of a modality of type `kind`: what is no text may be given as the path of its file."""
+    return content_key(value if kind == "text" else _as_file(value))
+
+
+def _as_file(value):
+    if isinstance(value, str | PurePath):
+        return {"path": value}
+    if isinstance(value, list | tuple) and len(value) and isinstance(value[0], str | PurePath):
+        # Frames of a video.
+        return [{"path": frame} for frame in value]
+    return value
+
+
 def _update(digest, value):
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path") is not None:
-            value = Path(value["path"]).read_bytes()
+            if os.path.isfile(value["path"]):
+                _update_with_file(digest, value["path"])
+                return
+            # A URL, or a file that is not there: whoever reads it says so.
+            value = str(value["path"])
         elif value.get("bytes") is not None:
             value = value["bytes"]
     if isinstance(value, str):
         digest.update(b"text" + value.encode())
     elif isinstance(value, bytes):
         digest.update(b"file" + value)
-    elif isinstance(value, list) and value and isinstance(value[0], dict) and "bytes" in value[0]:
+    elif isinstance(value, list) and value and isinstance(value[0], dict) and {"bytes", "path"} & set(value[0]):
         # Frames of a video.
         digest.update(f"list{len(value)}".encode())
         for item in value:
@@ -60,6 +78,14 @@ def _update(digest, value):
     else:
         array = np.ascontiguousarray(value)
         digest.update(f"array{array.dtype}{array.shape}".encode() + array.tobytes())
+
+
+def _update_with_file(digest, path):
+    digest.update(b"file")
+    # A video may be larger than the memory that is left.
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
 
 
 def _hash_of_encoder(model, processor, name):
@@ -123,7 +149,8 @@ class TokenCache:
         keys, computed = {}, 0
         for name in self.names:
             argument, store = self.processor.argument_of(name), self.stores[name]
-            plain = [None if value is None else content_key(value) for value in dataset.raw_column(argument)]
+            kind = self.model.config.modality_settings[name]["type"]
+            plain = [None if value is None else input_key(value, kind) for value in dataset.raw_column(argument)]
             count = len(dataset.variants_of(argument))
             keys[name] = [[key and _variant_key(key, variant) for key in plain] for variant in range(count)]
             missing = {
