@@ -167,6 +167,13 @@ def test_a_file_that_changed_has_another_key_and_words_are_no_path(tmp_path):
     assert input_key("http://a/x.mp4", "video") != input_key("http://a/y.mp4", "video")
 
 
+def test_images_that_differ_in_their_palette_alone_have_keys_of_their_own():
+    red, blue = (Image.new("RGB", (4, 4), color).quantize(2) for color in ("red", "blue"))
+    assert red.mode == "P" and red.tobytes() == blue.tobytes()
+    assert content_key(red) != content_key(blue) and content_key(red) == content_key(red.copy())
+    assert content_key([red, red]) != content_key([red, blue])
+
+
 def test_a_file_is_an_entry_only_when_it_is_whole(tmp_path):
     store = _Store(tmp_path)
     arrays = [np.random.rand(3, 4).astype(np.float32), np.random.rand(2, 4).astype(np.float32)]

@@ -74,10 +74,17 @@ def _update(digest, value):
             digest.update(key.encode())
             _update(digest, value[key])
     elif hasattr(value, "tobytes") and hasattr(value, "mode"):
+        value = _with_colors(value)
         digest.update(f"image{value.mode}{value.size}".encode() + value.tobytes())
     else:
-        array = np.ascontiguousarray(value)
+        # Frames of a video may be images.
+        array = np.ascontiguousarray([_with_colors(item) for item in value] if isinstance(value, list) else value)
         digest.update(f"array{array.dtype}{array.shape}".encode() + array.tobytes())
+
+
+def _with_colors(value):
+    """An image with a palette as the model sees it: its pixels are only numbers of colours. All else as it is."""
+    return value.convert("RGB") if getattr(value, "mode", None) in ("P", "PA") else value
 
 
 def _update_with_file(digest, path):
