@@ -14,6 +14,7 @@ from crossmodal.training.evaluate import evaluate
 from crossmodal.training.loading import cut_recordings
 from crossmodal.training.protocols import PROTOCOLS, cross_validate, protocol_table
 from crossmodal.training.recipes import Recipe
+from crossmodal.training.token_cache import TokenCache
 from crossmodal.training.train import train
 from world import TINY_RECIPE, run_as_stranger
 
@@ -300,3 +301,15 @@ def test_cross_validation_reports_its_protocol_and_permuted_labels_say_nothing(t
     assert "LEAKY" in title and "labels permuted" in title and "this model, mean of folds" in table
     with pytest.raises(ValueError, match="protocol='loso' is unknown"):
         cross_validate(recipe, "loso", rows=eeg_rows(2))
+
+
+def test_tokens_of_a_signal_at_another_rate_are_computed_anew(tmp_path):
+    config = CrossModalConfig(modalities={"eeg": EEGConfig(num_channels=4)}, num_labels=2, frozen_modalities=["eeg"])
+    model, processor = CrossModalForSequenceClassification(config).eval(), CrossModalProcessor.from_config(config)
+    rows = cut_recordings(eeg_rows(1), ENTRIES)
+    slower = rows.map(lambda row: {"sampling_rate": row["sampling_rate"] / 2})
+    computed = [
+        TokenCache(model, processor, tmp_path).fill(RowDataset(own, "classification"), progress=False)[1]
+        for own in (rows, slower, rows)
+    ]
+    assert computed == [len(rows), len(rows), 0]

@@ -167,6 +167,17 @@ def test_a_file_that_changed_has_another_key_and_words_are_no_path(tmp_path):
     assert input_key("http://a/x.mp4", "video") != input_key("http://a/y.mp4", "video")
 
 
+def test_all_columns_that_an_input_is_made_of_are_in_its_key():
+    signals = {"signal": [[[0.0, 1.0]]] * 3 + [None], "sampling_rate": [128, 256, 128, 128]}
+    signals |= {"recording": [0] * 4, "state": ["a"] * 4, "window": [0] * 4, "subject": ["s"] * 4}
+    scenes = {"points": [[0.0, 1.0, 2.0]] * 3, "colors": [[1, 2, 3], [3, 2, 1], [1, 2, 3]], "labels": [[0]] * 3}
+    scenes |= {"area": ["a"] * 3, "room": ["r"] * 3}
+    for columns, task, name in ((signals, "classification", "eeg"), (scenes, "point_segmentation", "points")):
+        stored = list(RowDataset(Dataset.from_dict(columns), task).contents(name))
+        first, other, same = (content_key(value) for value in stored[:3])
+        assert first == same != other and stored[3:] == [None] * len(stored[3:])
+
+
 def test_images_that_differ_in_their_palette_alone_have_keys_of_their_own():
     red, blue = (Image.new("RGB", (4, 4), color).quantize(2) for color in ("red", "blue"))
     assert red.mode == "P" and red.tobytes() == blue.tobytes()

@@ -245,6 +245,19 @@ class RowDataset(SampleReader):
         values = self.rows.select_columns([column])
         return (self._item(values[row][column], column, item) for row, item in self.places)
 
+    def contents(self, key):
+        """Iterates over all that an input is made of, as it is stored: `raw_column`, or a dict of the columns where it has several."""
+        column = self.adapter.inputs.get(key)
+        if key == "points" and self.adapter.points is not None:
+            parts = self.adapter.vectors
+        elif column == "signal":
+            parts = (column, "sampling_rate")
+        else:
+            return self.raw_column(key)
+        rows = self.rows.select_columns([part for part in parts if part in self.rows.column_names])
+        stored = ({part: value for part, value in rows[row].items() if value is not None} for row, _ in self.places)
+        return (values if column in values else None for values in stored)
+
     def variants_of(self, key):
         """What an input may become in training: functions of its value, the first of which changes nothing."""
         augmented = self.augmentation is not None and self.augmentation.input == key

@@ -157,7 +157,7 @@ class TokenCache:
         for name in self.names:
             argument, store = self.processor.argument_of(name), self.stores[name]
             kind = self.model.config.modality_settings[name]["type"]
-            plain = [None if value is None else input_key(value, kind) for value in dataset.raw_column(argument)]
+            plain = [None if value is None else input_key(value, kind) for value in dataset.contents(argument)]
             count = len(dataset.variants_of(argument))
             keys[name] = [[key and _variant_key(key, variant) for key in plain] for variant in range(count)]
             missing = {
