@@ -1,6 +1,7 @@
 """CrossModalForSequenceClassification: its losses, its Auto class, and a run on rows with labels."""
 
 import copy
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 import torch
 import zoo
 from crossmodal.training.classification import ClassificationTask, RegressionTask, SentimentTask
+from crossmodal.training.collator import SampleCollator
 from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
 from crossmodal.training.protocols import PROTOCOLS
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.schemas import DATASETS
 from crossmodal.training.statistics import take_statistics
+from crossmodal.training.token_cache import with_cached_tokens
 from crossmodal.training.train import train
 from PIL import Image
 from transformers import ViTImageProcessorPil
@@ -407,6 +410,38 @@ def test_what_lies_beyond_the_ends_changes_nothing_and_the_row_itself_is_pooled(
         processor(words=[array[:3]])
     with pytest.raises(ValueError, match="context=3 of type 'text'"):
         CrossModalConfig(modalities={"text": {"config": zoo.tiny_config().text_config, "context": 3}})
+
+
+def test_a_row_among_other_neighbours_does_not_take_tokens_that_were_kept(tmp_path):
+    width = {"hidden_size": 16, "num_attention_heads": 2}
+    features = {
+        "text_features": {"config": FeatureSequenceConfig(feature_size=4, **width), "context": 1},
+        "audio_features": {"config": FeatureSequenceConfig(feature_size=3, **width)},
+    }
+    config = CrossModalConfig(
+        modalities=features, **width, intermediate_size=32, frozen_modalities=list(features), pooled_features=True
+    )
+    model, lines = CrossModalForSequenceClassification(config).eval(), []
+    processor = CrossModalProcessor.from_config(config)
+    rows = utterance_rows(2, 4)
+    # The same rows, each a recording of its own: none has neighbours.
+    alone = rows.map(lambda row, number: {"video": f"v{number}"}, with_indices=True)
+    plain = {
+        name: RowDataset(own, "sentiment", contexts={"text_features": 1})
+        for name, own in (("beside", rows), ("alone", alone))
+    }
+    recipe = SimpleNamespace(token_cache=str(tmp_path), output_dir=str(tmp_path))
+    cached, logits = with_cached_tokens(recipe, model, processor, plain, lines.append), {}
+    for name in plain:
+        samples = [[own[i] for i in range(len(rows))] for own in (plain[name], cached[name])]
+        assert "audio_features_tokens" in samples[1][0] and "text_features_tokens" not in samples[1][0]
+        with torch.no_grad():
+            logits[name], found = (model(**SampleCollator(processor)(own)).logits for own in samples)
+        torch.testing.assert_close(found, logits[name])
+    assert not torch.allclose(logits["beside"], logits["alone"])
+    assert [line for line in lines if "not kept" in line] == [
+        "tokens of text_features are not kept: with context they depend on the rows beside."
+    ]
 
 
 def test_context_decides_what_a_row_alone_does_not_say(tmp_path):

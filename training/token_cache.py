@@ -1,7 +1,8 @@
 """Tokens of frozen encoders, computed once and read from memory-mapped files afterwards.
 
 An entry is found by what it depends on: the content of the input, and the encoder with its weights, the depths that are
-tapped and the processor (together the name of the folder). Whatever of these changes, misses.
+tapped and the processor (together the name of the folder). Whatever of these changes, misses. A modality with `context` is
+encoded each time: its tokens depend on the rows beside as well, and on which of their places are empty.
 """
 
 import copy
@@ -121,7 +122,7 @@ def update_with_weights(digest, module):
 
 
 class TokenCache:
-    """Tokens of the frozen encoders of a model.
+    """Tokens of the frozen encoders of a model: `names`, without those `in_context`.
 
     Args:
         model: a model of the family with frozen encoders. processor: its processor.
@@ -133,14 +134,16 @@ class TokenCache:
     """
 
     def __init__(self, model, processor, folder=None, dtype="float32"):
-        self.names = list(model.config.frozen_modalities)
-        if not self.names:
+        frozen, settings = list(model.config.frozen_modalities), model.config.modality_settings
+        if not frozen:
             raise ValueError(
                 "no encoder of this model is frozen: what a training encoder makes of its inputs changes with every step. "
                 f"Freeze some of {model.config.modality_names}, or leave the cache of tokens out."
             )
         if dtype not in ("float32", "float16"):
             raise ValueError(f"dtype={dtype!r} of the cache of tokens. Expected 'float32' or 'float16'.")
+        self.in_context = [name for name in frozen if settings[name].get("context")]
+        self.names = [name for name in frozen if name not in self.in_context]
         self.model, self.processor, self.dtype = model, processor, dtype
         root = Path(HF_HOME, "crossmodal", "tokens") if folder is None else Path(folder)
         self.stores = {
@@ -241,6 +244,12 @@ def with_cached_tokens(recipe, model, processor, datasets, write):
     done, cached = {}, {}
     with main_first():
         cache = TokenCache(model, processor, own if recipe.token_cache is True else recipe.token_cache)
+        if cache.in_context:
+            write(
+                f"tokens of {', '.join(cache.in_context)} are not kept: with context they depend on the rows beside."
+            )
+        if not cache.names:
+            return datasets
         for name, dataset in datasets.items():
             if id(dataset) not in done:
                 done[id(dataset)], computed = cache.fill(dataset)
