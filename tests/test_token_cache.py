@@ -194,10 +194,28 @@ def test_a_file_is_an_entry_only_when_it_is_whole(tmp_path):
     # Cut off: numbers without a listing, a listing whose numbers are short, a file that was being written.
     (tmp_path / "c.tokens").write_bytes(b"123")
     (tmp_path / "d.writing").write_bytes(b"123")
-    listing = json.loads((tmp_path / "a.json").read_text())
+    listing = json.loads(next(tmp_path.glob("*.json")).read_text())
     (tmp_path / "e.json").write_text(json.dumps({**listing, "arrays": {"e": [0, [3, 4]]}}))
     (tmp_path / "e.tokens").write_bytes(b"123")
     assert set(_Store(tmp_path).places) == {"a", "b"}
+
+
+def test_two_processes_fill_a_folder_at_once(tmp_path):
+    arrays = {key: np.full((2, 3), number, np.float32) for number, key in enumerate("abc")}
+    # Each has found the folder empty; they begin with the same key, and what they write is of one size.
+    stores = [_Store(tmp_path), _Store(tmp_path)]
+    for store, keys in zip(stores, ("abc", "acb"), strict=True):
+        store.write(list(keys), [arrays[key] for key in keys])
+    for store in (*stores, _Store(tmp_path)):
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(store.read(key), array)
+    # Files that are called by their first key.
+    numbers = next(tmp_path.glob("*.tokens"))
+    old = tmp_path / "old"
+    old.mkdir()
+    for suffix in (".tokens", ".json"):
+        (old / f"a{suffix}").write_bytes(numbers.with_suffix(suffix).read_bytes())
+    np.testing.assert_array_equal(_Store(old).read("b"), arrays["b"])
 
 
 def test_a_kill_while_tokens_are_written_leaves_no_broken_entry(tmp_path):

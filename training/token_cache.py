@@ -260,11 +260,17 @@ def with_cached_tokens(recipe, model, processor, datasets, write):
     return cached
 
 
+def _name_of(listed):
+    """Of a file of numbers {key: [offset, shape]}: shapes too, so that no listing is ever read against other numbers."""
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
+
+
 class _Store:
     """Arrays by key, in files of many: `<n>.tokens` holds the numbers, `<n>.json` says where each array lies.
 
     A file has its name only once it is whole, the numbers before their listing: a process that is killed while it writes
-    leaves nothing that is taken for an entry.
+    leaves nothing that is taken for an entry. `<n>` is a hash of all keys and places, so that several processes may fill a
+    folder at once. What was written when `<n>` was the first key is still read.
     """
 
     def __init__(self, folder):
@@ -297,7 +303,7 @@ class _Store:
         listed = {key: [offset, array.shape] for key, offset, array in zip(keys, offsets, arrays, strict=False)}
         dtype = str(arrays[0].dtype)
         entry = {"dtype": dtype, "bytes": offsets[-1] * np.dtype(dtype).itemsize, "arrays": listed}
-        numbers = self.folder / f"{keys[0]}.tokens"
+        numbers = self.folder / f"{_name_of(listed)}.tokens"
         self._write_whole(numbers, (array.tobytes() for array in arrays))
         self._write_whole(numbers.with_suffix(".json"), [json.dumps(entry).encode()])
         self._maps.pop(numbers, None)
