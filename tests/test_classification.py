@@ -10,7 +10,7 @@ import torch
 import zoo
 from crossmodal.training.classification import ClassificationTask, RegressionTask, SentimentTask
 from crossmodal.training.collator import SampleCollator
-from crossmodal.training.datasets import RowDataset
+from crossmodal.training.datasets import BrokenSample, RowDataset, read_samples
 from crossmodal.training.evaluate import evaluate
 from crossmodal.training.protocols import PROTOCOLS
 from crossmodal.training.recipes import Recipe
@@ -386,6 +386,27 @@ def test_a_row_sees_its_neighbours_and_no_other_recording():
         ValueError, match=r"context of 'text'.*\['text_features', 'audio_features', 'video_features'\] are"
     ):
         RowDataset(rows, "sentiment", contexts={"text": 1})
+
+
+def test_a_row_that_is_no_numbers_is_named_itself_and_seen_by_no_neighbour():
+    rows = utterance_rows(1, 4)
+    rows = rows.select(np.argsort(rows["segment"]))
+    spoilt = rows.map(lambda row: {"text_values": [float("nan")] * 4 if row["segment"] == 2 else row["text_values"]})
+    said = "row 2 of the dataset, column 'text_values': NaN or infinity"
+    with pytest.raises(BrokenSample, match=said):
+        RowDataset(spoilt, "sentiment", contexts={"text_features": 1})
+    samples = RowDataset(spoilt, "sentiment", contexts={"text_features": 1}, skip_broken=True)
+    read, broken = read_samples(samples, range(4))
+    assert [sample["row"] for sample in read] == [0, 1, 3]
+    assert [error.where for error in broken] == ["row 2 of the dataset"] and said in str(broken[0])
+    assert [sample["text_features"]["mask"].tolist() for sample in read] == [
+        [False, True, True],
+        [True, True, False],
+        [False, True, False],
+    ]
+    for sample in read:
+        assert np.isfinite(sample["text_features"]["array"]).all()
+        np.testing.assert_allclose(sample["text_features"]["array"][1], rows["text_values"][sample["row"]], atol=1e-6)
 
 
 def test_what_lies_beyond_the_ends_changes_nothing_and_the_row_itself_is_pooled():

@@ -25,6 +25,10 @@ class BrokenSample(ValueError):
         self.where = where
 
 
+def _no_numbers(where, column):
+    return BrokenSample(where, f"column {column!r}: NaN or infinity. Correct or remove the row.")
+
+
 def read_samples(dataset, items):
     """(samples of a dataset, `BrokenSample`s among them). These are raised where the dataset does not say `skip_broken`."""
     samples, broken = [], []
@@ -122,7 +126,7 @@ class SampleReader(Dataset):
                 return None
             values = np.asarray(row[column], dtype=np.float32)
             if not np.isfinite(values).all():
-                raise BrokenSample(where, f"column {column!r}: NaN or infinity. Correct or remove the row.")
+                raise _no_numbers(where, column)
             if column == "signal":
                 return {"array": values, "sampling_rate": row["sampling_rate"]}
             return values[None] if values.ndim == 1 else values
@@ -157,7 +161,11 @@ class RowDataset(SampleReader):
         rows: a `datasets.Dataset`.
         task, augment, skip_broken: see `SampleReader`.
         contexts: {input: K}: of that sequence of features a sample also holds the K rows before and behind it in its recording, as
-            `{"array": (2K+1,F), "mask": (2K+1,)}`, 0 in the mask beyond the ends. No other recording is looked at.
+            `{"array": (2K+1,F), "mask": (2K+1,)}`, 0 in the mask beyond the ends. No other recording is looked at. With `skip_broken`
+            the mask is 0 too at neighbours whose features are no numbers.
+
+    Raises:
+        BrokenSample: for features with context that are no numbers, unless `skip_broken`: then where a sample is such a row itself.
     """
 
     def __init__(self, rows, task, augment=None, contexts=None, skip_broken=False):
@@ -205,12 +213,21 @@ class RowDataset(SampleReader):
             key: [None if values is None else np.asarray(values, dtype=np.float32) for values in self.rows[column]]
             for key, column in columns.items()
         }
+        for key, column in columns.items():
+            for row, values in enumerate(self.features[key]):
+                if values is None or np.isfinite(values).all():
+                    continue
+                if not self.skip_broken:
+                    raise _no_numbers(self._name_of(row), column)
+                # No neighbour sees it.
+                self.features[key][row] = None
 
     def _in_context(self, row, key):
         (order, place), size = self.neighbours[row], self.contexts[key]
         own = self.features[key]
-        width = len(own[row]) if own[row] is not None else 0
-        array, mask = np.zeros((2 * size + 1, width), dtype=np.float32), np.zeros(2 * size + 1, dtype=bool)
+        if own[row] is None:
+            raise _no_numbers(self._name_of(row), self.adapter.inputs[key])
+        array, mask = np.zeros((2 * size + 1, len(own[row])), dtype=np.float32), np.zeros(2 * size + 1, dtype=bool)
         for step, other in enumerate(range(place - size, place + size + 1)):
             if 0 <= other < len(order) and own[order[other]] is not None:
                 array[step], mask[step] = own[order[other]], True
