@@ -111,13 +111,13 @@ def test_the_log_shows_how_modalities_share_the_work(tmp_path):
         assert both < entry["grad_norm"]
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_loss_or_gradient_that_is_no_number_stops_training_and_names_the_rows(tmp_path, where):
+@pytest.mark.parametrize(("where", "max_grad_norm"), [("loss", 1.0), ("gradient", 1.0), ("gradient", 0.0)])
+def test_a_loss_or_gradient_that_is_no_number_stops_training_and_names_the_rows(tmp_path, where, max_grad_norm):
     processor, model = tiny_processor_and_model()
     task, samples = VQATask.from_config(model.config), RowDataset(color_rows(24), "vqa")
     arguments = TrainingArguments(
         str(tmp_path), per_device_train_batch_size=4, max_steps=6, save_steps=2, learning_rate=0.0, use_cpu=True,
-        remove_unused_columns=False, disable_tqdm=True, report_to="none",
+        remove_unused_columns=False, disable_tqdm=True, report_to="none", max_grad_norm=max_grad_norm,
     )  # fmt: skip
     seen = []
 
@@ -141,6 +141,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_training_and_names_the_rows(
     with pytest.raises(TrainingDiverged, match=f"the {where} .*nan at step 4 on rows .*checkpoint-2 is kept") as error:
         trainer.train()
     assert str(seen[3]) in str(error.value)
+    assert ("which clips nothing" in str(error.value)) == (max_grad_norm == 0)
     # Nothing of it reached the weights, and what was saved is whole.
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items() if "running" not in key
                and "num_batches" not in key)  # fmt: skip

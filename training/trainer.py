@@ -357,8 +357,9 @@ class CrossModalTrainer(Trainer):
             words = whole.generate(**inputs)
         return loss, words[:, begun:], labels
 
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Before every step, while `_clip_grad_norm` is left out with max_grad_norm=0.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # Scaled float16 gradients overflow now and then, and the scaler then skips the step.
         if (
             norm is not None
@@ -370,10 +371,12 @@ class CrossModalTrainer(Trainer):
 
     def _stop(self, what):
         rows = f" on rows {self._rows[:16]}{' and more' if len(self._rows) > 16 else ''} of the training data"
+        most = self.args.max_grad_norm
+        clipping = f"max_grad_norm={most}" if most > 0 else f"set max_grad_norm={most}, which clips nothing, above 0"
         last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
         raise TrainingDiverged(
             f"{what} at step {self.state.global_step + 1}{rows if self._rows else ''}. Look at the inputs of these rows, or "
-            f"lower learning_rate={self.args.learning_rate} or max_grad_norm={self.args.max_grad_norm}. "
+            f"lower learning_rate={self.args.learning_rate} or {clipping}. "
             + (
                 f"{Path(last).name} is kept: the same command goes on from there."
                 if last
