@@ -111,6 +111,23 @@ def test_the_log_shows_how_modalities_share_the_work(tmp_path):
         assert both < entry["grad_norm"]
 
 
+@pytest.mark.parametrize(
+    ("training", "logged_at"),
+    [
+        # Three batches, two a step.
+        ({"logging_strategy": "epoch", "num_train_epochs": 2, "gradient_accumulation_steps": 2}, [2, 4]),
+        ({"logging_strategy": "epoch", "max_steps": 4}, [3, 4]),
+        ({"logging_steps": 2, "logging_first_step": True, "max_steps": 4}, [1, 2, 4]),
+    ],
+)
+def test_gradient_norms_are_in_every_entry_of_the_log(tmp_path, training, logged_at):
+    run = recipe(tmp_path / "run", training={"per_device_train_batch_size": 8, **training})
+    logged = [e for e in train(run, color_rows(24), color_rows(12), write=quiet, export=False)["log"] if "loss" in e]
+    assert [entry["step"] for entry in logged] == logged_at
+    for entry in logged:
+        assert entry["gradient_norm_vision"] > 0 and entry["gradient_norm_text"] > 0 and "weight_vision" in entry
+
+
 @pytest.mark.parametrize(("where", "max_grad_norm"), [("loss", 1.0), ("gradient", 1.0), ("gradient", 0.0)])
 def test_a_loss_or_gradient_that_is_no_number_stops_training_and_names_the_rows(tmp_path, where, max_grad_norm):
     processor, model = tiny_processor_and_model()

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint, has_length
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, get_last_checkpoint, has_length
 from transformers.utils import logging
 
 from ..model_cards import LICENSE
@@ -490,10 +490,23 @@ class GradientNorms(TrainerCallback):
     """Writes the norm of each modality's gradients into `norms`, at steps that are logged."""
 
     def __init__(self, norms):
-        self.norms = norms
+        self.norms, self.steps_per_epoch = norms, None
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        known = has_length(train_dataloader)
+        self.steps_per_epoch = -(-len(train_dataloader) // args.gradient_accumulation_steps) if known else None
+
+    def _is_logged(self, args, state):
+        step = state.global_step + 1
+        if step == 1 and args.logging_first_step:
+            return True
+        if args.logging_strategy != IntervalStrategy.EPOCH:
+            return step % max(1, state.logging_steps or 1) == 0
+        # Where an epoch of a stream ends is not known before: any step may be its last.
+        return self.steps_per_epoch is None or step % self.steps_per_epoch == 0 or step == state.max_steps
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if (state.global_step + 1) % max(1, state.logging_steps or 1):
+        if not self._is_logged(args, state):
             return
         squares = {}
         for name, parameter in model.named_parameters():
