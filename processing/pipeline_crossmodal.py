@@ -223,9 +223,14 @@ class CrossModalRetrievalPipeline(CrossModalPipeline):
             candidates = {next(key for key in names if key != argument): candidates}
         offered, values_offered = next(iter(candidates.items()))
         offered = self._aliases.get(offered, offered)
+        if isinstance(values_offered, str) or not (values_offered is None or hasattr(values_offered, "__iter__")):
+            raise ValueError(
+                f"candidates of {offered!r}: one {type(values_offered).__name__}. Expected a list of them."
+            )
+        values_offered = [] if values_offered is None else list(values_offered)
         if offered not in names or offered == argument or not values_offered:
             raise ValueError(
-                f"candidates of {offered!r}: {len(values_offered or ())}. Expected at least one, of any of "
+                f"candidates of {offered!r}: {len(values_offered)}. Expected at least one, of any of "
                 f"{sorted(set(names) - {argument})}."
             )
         many = isinstance(values, list | tuple)
@@ -233,9 +238,9 @@ class CrossModalRetrievalPipeline(CrossModalPipeline):
             raise ValueError(f"top_k={top_k}. Expected at least 1.")
         with self.device_placement(), torch.inference_mode():
             asked = self._features(argument, list(values) if many else [values], batch_size)
-            store = self._features(offered, list(values_offered), batch_size)
+            store = self._features(offered, values_offered, batch_size)
             hits = [
-                self._hits(names[argument], one, names[offered], store, list(values_offered), top_k, batch_size)
+                self._hits(names[argument], one, names[offered], store, values_offered, top_k, batch_size)
                 for one in asked
             ]
         return hits if many else hits[0]

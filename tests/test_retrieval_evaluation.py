@@ -301,7 +301,14 @@ back = pipe(text="red and blue", candidates=[image, image.transpose(0)], top_k=1
 try:
     pipe(image=image, text="both", candidates=texts)
 except ValueError as error:
-    said = str(error)
+    said = [str(error)]
+for one in ("red", image):
+    try:
+        pipe(text="red and blue", candidates=one) if one is image else pipe(image=image, candidates=one)
+    except ValueError as error:
+        said.append(str(error))
+again = pipe(image=image, candidates=iter(texts))
+assert [hit["candidate"] for hit in again] == [hit["candidate"] for hit in hits[0]]
 print(json.dumps([hits, len(back), sorted(back[0]), said]))
 """
     image = pair_rows(1)[0]["image"]
@@ -321,7 +328,11 @@ print(json.dumps([hits, len(back), sorted(back[0]), said]))
         assert [hit["score"] for hit in found] == pytest.approx(expected[order].tolist(), rel=1e-3, abs=1e-3)
         assert [hit["similarity"] for hit in found] == pytest.approx(similarity[order].tolist(), abs=1e-4)
     assert count == 1 and keys == ["candidate", "index", "score", "similarity"]
-    assert "exactly one of" in said
+    assert (
+        "exactly one of" in said[0]
+        and "one str. Expected a list" in said[1]
+        and "ImageFile. Expected a list" in said[2]
+    )
 
 
 def test_a_run_standardises_what_embeddings_see_of_frozen_encoders(tmp_path):
