@@ -338,7 +338,8 @@ class CrossModalConfig(PreTrainedConfig):
             first `attention_global_tokens`), `"linear"` (`num_random_features` positive random features, None: d ln d for
             heads of width d) or `"latents"` (`num_latents` learned ones per head; give it 16 or more).
         gate: what adapts cross attention: `"content"` (bilinear in the stream and what it saw), `"static"` (tanh of a
-            learned number per stream, 0 at the start), `"none"`, or `"closed"` (no cross attention at all, for ablations).
+            learned number per stream, 0 at the start), `"none"`, or `"closed"` (no cross attention at all, for ablations of `cross` and
+            `interlaced`; others meet where no gate is).
         pooling: tokens of one modality to one vector: `"attention"`, `"mean"` or `"first"`.
         frozen_modalities: encoders that take no gradient and stay in eval mode.
         classifier_hidden_size: hidden width of classification heads (`None`: twice `hidden_size`).
@@ -733,6 +734,12 @@ class CrossModalConfig(PreTrainedConfig):
                 raise ValueError(f"{key}={value!r} is unknown. Expected one of {nearest_first(value, allowed)}.")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"problem_type={self.problem_type!r} is unknown. Expected one of {PROBLEM_TYPES}.")
+        if self.gate == "closed" and not FUSIONS[self.fusion_type].closes:
+            closing = [name for name, operator in FUSIONS.items() if operator.closes]
+            raise ValueError(
+                f"gate='closed' leaves the cross-attention of {closing} out, and fusion_type={self.fusion_type!r} has none that it could "
+                "close. Choose one of these operators, or fusion_type='concat', where modalities do not meet, with another gate."
+            )
         self._validate_classes()
         _validate_kernel(self)
         self._validate_axes()

@@ -160,6 +160,8 @@ class FusionOperator(nn.Module):
     """Bridges encoder depths to fusion layers, and runs the layers: Z_m^l = Layer(LN(Z_m^{l-1} + X_m^l))."""
 
     layer_class = None
+    # Whether `gate="closed"` takes the cross-attention out of it.
+    closes = False
 
     def __init__(self, config):
         super().__init__()
@@ -216,6 +218,7 @@ class CrossFusion(FusionOperator):
     """Adaptive cross-modal attention, every modality looking at every other in each layer."""
 
     layer_class = CrossFusionLayer
+    closes = True
 
     def run_layers(self, levels, masks, output_attentions, shared):
         """What rows share stays shared until the first layer in which it looks at another modality."""

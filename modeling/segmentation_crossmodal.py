@@ -509,6 +509,10 @@ def _modalities_of(config):
             f"fusion_type={config.fusion_type!r}: points and images meet in 'interlaced' (MIT), or not at all in 'concat'. Choose one of "
             "the two."
         )
+    if config.gate == "closed":
+        raise ValueError(
+            "gate='closed': the decoder that points and images meet in has no gate. Choose fusion_type='concat', which leaves it out."
+        )
     if config.point_projection != "none" and not views:
         raise ValueError(
             f"point_projection={config.point_projection!r} needs images. Add a modality of type 'vision'."

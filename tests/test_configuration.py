@@ -173,6 +173,16 @@ BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_at
         ({"fusion_levels": "mutli"}, ["fusion_levels='mutli'", "['multi', 'single']"]),
         ({"modality_weighting": "adaptiv"}, ["modality_weighting='adaptiv'", "['adaptive', "]),
         ({"gate": "contents"}, ["gate='contents'", "['content', "]),
+        *(
+            ({"gate": "closed", **operator}, ["gate='closed'", repr(operator["fusion_type"]), "fusion_type='concat'"])
+            for operator in (
+                {"fusion_type": "joint"},
+                {"fusion_type": "mutual"},
+                {"fusion_type": "concat"},
+                {"fusion_type": "bottleneck"},
+                {"fusion_type": "bottleneck", "bottleneck": "resample"},
+            )
+        ),
         ({"pooling": "max"}, ["pooling='max'", "'mean'"]),
         ({"problem_type": "multi_label"}, ["problem_type='multi_label'", "multi_label_classification"]),
         ({"num_attention_heads": 3}, ["hidden_size=16", "num_attention_heads=3", "[2, 4", "nearest first"]),

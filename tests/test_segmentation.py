@@ -415,6 +415,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     ("overrides", "said"),
     [
         ({"fusion_type": "cross"}, "'interlaced' .MIT., or not at all in 'concat'"),
+        ({"gate": "closed"}, "has no gate. Choose fusion_type='concat'"),
         ({"fusion_type": "interlaced", "vision": False}, "alternates between modalities"),
         ({"vision": False, "point_projection": "add"}, "needs images"),
         ({"point_projection": "both"}, "point_projection='both' is unknown"),
