@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import os
 
 import pytest
 import torch
@@ -133,6 +134,23 @@ def test_a_sweep_is_resumed_and_reported(tmp_path, monkeypatch):
     # Another recipe is another run.
     ablate(recipe(tmp_path / "sweep", min_answer_count=2), *arguments)
     assert len(trained) == 9
+
+
+def test_reports_are_written_whole_by_the_main_process(tmp_path, monkeypatch):
+    arguments = (["concat"], 1, color_rows(24), color_rows(12))
+    ablate(recipe(tmp_path / "sweep"), *arguments)
+    reports = [tmp_path / "sweep" / f"ablation.{kind}" for kind in ("md", "csv", "png")]
+    written = [file.read_bytes() for file in reports]
+    # Whoever reads while they are written anew has the old file open, and it stays as it was.
+    handles = [file.open("rb") for file in reports]
+    with monkeypatch.context() as context:
+        context.setattr(module, "is_main", lambda: False)
+        ablate(recipe(tmp_path / "sweep"), *arguments)
+        assert [os.fstat(handle.fileno()).st_nlink for handle in handles] == [1, 1, 1]
+    ablate(recipe(tmp_path / "sweep"), *arguments)
+    assert [os.fstat(handle.fileno()).st_nlink for handle in handles] == [0, 0, 0]
+    assert [file.read_bytes() for file in reports[:2]] == written[:2] == [handle.read() for handle in handles[:2]]
+    assert not [file for file in (tmp_path / "sweep").iterdir() if file.name.startswith(".")]
 
 
 def test_processes_share_a_sweep(tmp_path, monkeypatch):

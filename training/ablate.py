@@ -3,6 +3,7 @@
 import copy
 import csv
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from ..modeling.configuration_crossmodal import CrossModalConfig
 from .building import encoders_and_config
+from .checkpoints import write_whole
 from .datasets import RowDataset
 from .loading import contexts_of, load_rows, some_of
 from .processes import FolderTaken, alone_in, begin, is_main
@@ -192,7 +194,8 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missin
             bar.write(f"{name}, seed {seed}: {metric} {results[name, seed]['metrics'][metric]:.4f}")
     results = {each: results[each] for each in plan}
     table = summarise(results, list(variants), range(recipe.seed, recipe.seed + seeds), metric)
-    _write_reports(folder, recipe, results, table, metric, missing_rate)
+    if is_main():
+        _write_reports(folder, recipe, results, table, metric, missing_rate)
     return table
 
 
@@ -243,9 +246,7 @@ def _run_alone(run, rows, shared, missing_rate):
     if missing_rate is not None:
         found["missing"] = _score_with_missing(run, result, rows["eval_rows"], missing_rate)
     if is_main():
-        aside = file.with_suffix(".writing")
-        aside.write_text(json.dumps(found, indent=1))
-        aside.replace(file)
+        write_whole(file, json.dumps(found, indent=1))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return found
 
@@ -323,25 +324,27 @@ def as_markdown(table, metric, missing_rate=None, percent=100):
 
 
 def _write_reports(folder, recipe, results, table, metric, missing_rate):
-    """`ablation.md`, `ablation.csv` (every run) and `ablation.png`."""
+    """`ablation.md`, `ablation.csv` (every run) and `ablation.png`, each whole: several processes may end a sweep at the same time."""
     from .plots import ablation_plot
 
     first, percent = next(iter(results.values())), TASKS[recipe.task].percent
-    (folder / "ablation.md").write_text(
+    write_whole(
+        folder / "ablation.md",
         f"# {recipe.name}: {Path(recipe.dataset).name}, {recipe.eval_split}, {first['eval_rows']:,} rows\n\n"
         f"{as_markdown(table, metric, missing_rate, percent)}\n\nMean and sample deviation over seeds. Most common answer: "
-        f"{percent * first['majority'][metric]:.2f} %.\n"
+        f"{percent * first['majority'][metric]:.2f} %.\n",
     )
-    with open(folder / "ablation.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["variant", "seed", *first["metrics"], "minutes", "epochs", "parameters", "trainable_parameters"]
-            + [f"{metric}, {name} missing" for name in first.get("missing", ())]
-        )
-        for (name, seed), result in results.items():
-            numbers = [result[key] for key in ("minutes", "epochs", "parameters", "trainable_parameters")]
-            missing = [(result.get("missing") or {}).get(modality, "") for modality in first.get("missing", ())]
-            writer.writerow([name, seed, *result["metrics"].values(), *numbers, *missing])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["variant", "seed", *first["metrics"], "minutes", "epochs", "parameters", "trainable_parameters"]
+        + [f"{metric}, {name} missing" for name in first.get("missing", ())]
+    )
+    for (name, seed), result in results.items():
+        numbers = [result[key] for key in ("minutes", "epochs", "parameters", "trainable_parameters")]
+        missing = [(result.get("missing") or {}).get(modality, "") for modality in first.get("missing", ())]
+        writer.writerow([name, seed, *result["metrics"].values(), *numbers, *missing])
+    write_whole(folder / "ablation.csv", text.getvalue())
     ablation_plot(table, results, metric, first["majority"][metric], folder / "ablation.png", percent)
 
 

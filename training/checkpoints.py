@@ -67,8 +67,8 @@ def last_whole_checkpoint(folder):
 
 
 def write_whole(path, text):
-    """Writes a file aside and renames it: under its name it is never half-written."""
-    aside = Path(path).with_name(f".{Path(path).name}.writing")
+    """Writes a file aside and renames it: under its name it is never half-written, also where several processes write it."""
+    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.writing")
     aside.write_text(text)
     os.replace(aside, path)
 
