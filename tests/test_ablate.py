@@ -2,7 +2,10 @@
 
 import copy
 import csv
+import json
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +137,35 @@ def test_a_sweep_is_resumed_and_reported(tmp_path, monkeypatch):
     # Another recipe is another run.
     ablate(recipe(tmp_path / "sweep", min_answer_count=2), *arguments)
     assert len(trained) == 9
+
+
+def test_a_run_that_was_cut_off_makes_room_for_another_recipe_and_is_gone_on_with_by_its_own(tmp_path, monkeypatch):
+    given = []
+    real = module.train
+
+    def cut_off(run, **options):
+        real(replace(run, training={**run.training, "max_steps": 1, "save_steps": 1}), **options)
+        (Path(run.output_dir) / "checkpoints" / "recipe.json").write_text(json.dumps(run.stated(("output_dir",))))
+        raise KeyboardInterrupt
+
+    def noted(run, **options):
+        given.append(options["fresh"])
+        return real(run, **options)
+
+    arguments = (["full"], 1, color_rows(24), color_rows(12))
+
+    def sweep(train, **changes):
+        monkeypatch.setattr(module, "train", train)
+        return ablate(recipe(tmp_path / "sweep", **changes), *arguments)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(cut_off)
+    assert sweep(noted, min_answer_count=2)[0]["runs"] == 1 and given == [True]
+    # Beside the result of another recipe too, a run that was cut off is gone on with.
+    with pytest.raises(KeyboardInterrupt):
+        sweep(cut_off)
+    sweep(noted)
+    assert given == [True, False]
 
 
 def test_reports_are_written_whole_by_the_main_process(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from .recipes import nearest
 from .robustness import CorruptedDataset
 from .tasks import TASKS
 from .token_cache import with_cached_tokens
-from .train import train
+from .train import other_run, train
 
 
 # Name to what it changes of the model's config. The first is what the others are compared with. A row is a sweep point and
@@ -228,7 +228,8 @@ def _run_alone(run, rows, shared, missing_rate):
         found = json.loads(file.read_text())
         if found["recipe"] == stamp:
             return found
-    fresh = not (folder / "checkpoints" / "recipe.json").exists() or file.exists()
+    # The folders of a sweep are its own: what another recipe left there makes room, whether it was finished or cut off.
+    fresh = not (folder / "checkpoints" / "recipe.json").exists() or bool(other_run(run))
     result = train(run, **rows, fresh=fresh, write=lambda line: None, export=False, warm_up_folder=shared)
     kept = (
         "metrics",

@@ -307,24 +307,36 @@ def _silent(line):
     pass
 
 
+def _in_its_folder(recipe):
+    """What tells one run from another: paths say where it lies, and what it is compared with changes nothing of it."""
+    return json.loads(json.dumps(recipe.stated(leave_out=("output_dir", "token_cache", "compare", "variants"))))
+
+
+def other_run(recipe):
+    """{key: its value} of the run in a recipe's folder, of what the recipe says otherwise; {} where it is this very run, or none."""
+    stamp = Path(recipe.output_dir) / "checkpoints" / "recipe.json"
+    if not stamp.exists():
+        return {}
+    earlier = Recipe(**{"output_dir": "", **json.loads(stamp.read_text())}).stated(leave_out=("output_dir",))
+    wanted = _in_its_folder(recipe)
+    return {k: earlier.get(k) for k in sorted(wanted.keys() | earlier.keys()) if wanted.get(k) != earlier.get(k)}
+
+
 def _claim_folder(recipe, output, fresh, write):
     """Makes `output` this recipe's own. Returns whether there was a run of it, and the checkpoint to resume from, or None."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir={str(output)!r} is a file. Give a folder.")
     checkpoints, stamp = output / "checkpoints", output / "checkpoints" / "recipe.json"
     remove_unfinished(output, write)
-    # Paths say where a run lies, not what it is; what it is compared with changes nothing of it.
-    wanted = json.loads(json.dumps(recipe.stated(leave_out=("output_dir", "token_cache", "compare", "variants"))))
+    wanted = _in_its_folder(recipe)
     if fresh:
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif stamp.exists():
-        earlier = Recipe(**{"output_dir": "", **json.loads(stamp.read_text())}).stated(leave_out=("output_dir",))
-        different = sorted(key for key in wanted.keys() | earlier.keys() if wanted.get(key) != earlier.get(key))
-        if different:
+        if different := other_run(recipe):
+            key, value = next(iter(different.items()))
             raise ValueError(
                 f"output_dir={str(output)!r} holds a run with another {', '.join(different)} (for example "
-                f"{different[0]}: {earlier.get(different[0])!r}, now {wanted.get(different[0])!r}). Choose another "
-                "output_dir, or pass --fresh to discard that run."
+                f"{key}: {value!r}, now {wanted.get(key)!r}). Choose another output_dir, or pass --fresh to discard that run."
             )
         checkpoint, broken = last_whole_checkpoint(checkpoints)
         for name in broken:
