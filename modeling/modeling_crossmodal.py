@@ -307,6 +307,15 @@ class CrossModalPreTrainedModel(PreTrainedModel):
         """
         return edit_modalities(self, add, drop, swap, **overrides)
 
+    @staticmethod
+    def check_config(config):
+        """Raises ValueError for a whole config that this head does not serve; nothing is built."""
+
+    @staticmethod
+    def default_fields(modalities):
+        """Fields of `CrossModalConfig` of which this head has defaults of its own, given the names of its modalities."""
+        return {}
+
     @classmethod
     def from_encoders(cls, *, freeze=(), **named):
         """Composes a model from any encoders, by modality name.
@@ -344,6 +353,7 @@ class CrossModalPreTrainedModel(PreTrainedModel):
             entry = dict(value) if isinstance(value, dict) and "model" in value else {"model": value}
             modules[name], entry["config"] = load_encoder(name, entry.pop("model"), entry)
             modalities[name] = entry
+        overrides = {**cls.default_fields(modalities), **overrides}
         config = CrossModalConfig(modalities=modalities, frozen_modalities=list(freeze), **overrides)
         model = cls._from_config(config, encoders=modules, **options)
         return model.to(config.dtype)

@@ -173,14 +173,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
 
     def __init__(self, config, encoders=None):
         super().__init__(config)
-        if len(config.modality_names) < 2:
-            raise ValueError(
-                f"CrossModalForRetrieval compares modalities, and modality_names={config.modality_names} has one. Give two."
-            )
-        if config.pooled_features:
-            raise ValueError(
-                "pooled_features=True is for heads that classify; embeddings of CrossModalForRetrieval have pooled_shortcut."
-            )
+        self.check_config(config)
         config.custom_pipelines = {
             "crossmodal-retrieval": {
                 "impl": "pipeline_crossmodal.CrossModalRetrievalPipeline",
@@ -206,6 +199,17 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             self.loss_weights = LossWeights(self.loss_names)
         self.post_init()
         self._apply_freezing()
+
+    @staticmethod
+    def check_config(config):
+        if len(config.modality_names) < 2:
+            raise ValueError(
+                f"CrossModalForRetrieval compares modalities, and modality_names={config.modality_names} has one. Give two."
+            )
+        if config.pooled_features:
+            raise ValueError(
+                "pooled_features=True is for heads that classify; embeddings of CrossModalForRetrieval have pooled_shortcut."
+            )
 
     def _apply_freezing(self):
         super()._apply_freezing()

@@ -141,7 +141,13 @@ class CrossModalForPointSegmentation(CrossModalPreTrainedModel):
     MIT, see losses_crossmodal.py. With `supervision="full"` a point has the scores of its supervoxel behind the decoder, learnt by cross
     entropy in place of class activation; labels may be those of `pseudo_labels` (MIT's second stage).
 
-    `fusion_type="concat"` leaves the decoder out, the baseline of fusion. Points may come without images, and rows may lack theirs.
+    `fusion_type="concat"` leaves the decoder out, the baseline of fusion. Points may come without images, and rows may lack theirs. In
+    `from_encoders`, `fusion_type` and `fusion_levels` are those of MIT unless they are given.
+
+    Example:
+        >>> model = CrossModalForPointSegmentation.from_encoders(
+        ...     points=PointsConfig(feature_size=6), vision="google/mobilenet_v2_1.0_224", freeze=("vision",), num_labels=20
+        ... )
     """
 
     custom_pipelines = {
@@ -179,18 +185,13 @@ class CrossModalForPointSegmentation(CrossModalPreTrainedModel):
         self.post_init()
         self.crossmodal._apply_freezing()
 
-    @classmethod
-    def from_encoders(cls, *, freeze=(), **named):
-        """As of every head; `fusion_type` and `fusion_levels` are those of MIT unless they are given.
+    @staticmethod
+    def check_config(config):
+        _modalities_of(config)
 
-        Example:
-            >>> model = CrossModalForPointSegmentation.from_encoders(
-            ...     points=PointsConfig(feature_size=6), vision="google/mobilenet_v2_1.0_224", freeze=("vision",), num_labels=20
-            ... )
-        """
-        several = len([name for name in named if name not in cls.config_fields()]) > 1
-        defaults = {"fusion_type": "interlaced" if several else "concat", "fusion_levels": "single"}
-        return super().from_encoders(freeze=freeze, **{**defaults, **named})
+    @staticmethod
+    def default_fields(modalities):
+        return {"fusion_type": "interlaced" if len(modalities) > 1 else "concat", "fusion_levels": "single"}
 
     @can_return_tuple
     def forward(

@@ -2,8 +2,10 @@
 
 from collections import Counter
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     FEATURE_EXTRACTOR_MAPPING,
+    AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModel,
@@ -17,11 +19,14 @@ from transformers.models.auto.feature_extraction_auto import feature_extractor_c
 import crossmodal
 
 from ..configs import load_preset
+from ..modeling.composing_crossmodal import _tower_config, _wanted_tower
 from ..modeling.configuration_crossmodal import _as_config
 from ..modeling.mmvit_crossmodal import MMViTConfig, MMViTEncoder
 from ..processing.chat_crossmodal import CHAT_TEMPLATE, is_conversation, render
 from ..processing.processing_crossmodal import CrossModalProcessor
 from .console import load_config, load_model, one_line
+from .recipes import nearest
+from .tasks import TASKS
 
 
 def train_tokenizer(texts, vocab_size=2000):
@@ -122,6 +127,63 @@ def build(recipe, task, datasets):
     if recipe.task == "dialogue":
         processor.chat_template = CHAT_TEMPLATE
     return model, processor
+
+
+# What stands in for encoders of which nothing is on this machine, by what they read. That of others is refused nothing for its axes.
+_STAND_INS = {"vision": "vit", "video": "vit", "text": "bert"}
+
+
+def config_of(recipe):
+    """The CrossModalConfig that `build` would give a recipe's model, but for what rows say. It needs no weights and no network: for
+    encoders that are not on this machine (`unknown_encoders`) others stand in.
+
+    Raises:
+        ValueError: for what the config or the model of the task refuses.
+    """
+    encoders, options = encoders_and_config(recipe)
+    model_class = getattr(crossmodal, TASKS[recipe.task].model_class)
+    # One for each label, of which rows say how many there are.
+    options = {key: value for key, value in options.items() if key not in ("class_weights", "thresholds")}
+    for key in options.keys() - model_class.config_fields():
+        near = nearest(key, model_class.config_fields())[:3]
+        raise ValueError(f"model.config.{key} is no field of CrossModalConfig. Nearest: {near}.")
+    decoder = recipe.model.get("decoder")
+    if isinstance(decoder, dict):
+        options["decoder_config"] = decoder
+    modalities = {}
+    for name, entry in encoders.items():
+        entry = {key: value for key, value in entry.items() if key != "image_weights"}
+        source = entry.pop("model")
+        full = source if isinstance(source, dict) else _config_here(source)
+        if full is None:
+            # Deeper than any level that a recipe could name.
+            full = {"model_type": _STAND_INS.get(_wanted_tower(name, entry), "wav2vec2"), "num_hidden_layers": 48}
+        entry["config"] = _as_config(name, full) if isinstance(full, dict) else _tower_config(name, full, entry)
+        modalities[name] = entry
+    options = {**model_class.default_fields(modalities), **options}
+    try:
+        config = crossmodal.CrossModalConfig(
+            modalities=modalities, frozen_modalities=list(recipe.model.get("freeze") or ()), **options
+        )
+    except (StrictDataclassError, TypeError) as error:
+        # A value of another type than its field has.
+        raise ValueError(one_line(error)) from error
+    model_class.check_config(config)
+    return config
+
+
+def unknown_encoders(recipe):
+    """Names of the modalities whose encoder has no config on this machine."""
+    sources = {name: entry["model"] for name, entry in encoders_and_config(recipe)[0].items()}
+    return [name for name, given in sources.items() if not isinstance(given, dict) and _config_here(given) is None]
+
+
+def _config_here(source):
+    """The config of a Hub id or folder, if it is on this machine, or None."""
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        return None
 
 
 def _from_image_weights(name, folder, config):

@@ -31,11 +31,7 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
     """
     stages, datasets, tasks = [], [], []
     for own in recipe.warm_up:
-        keys = ("task", "dataset", "train_split", "augment", "rows_per_image", "learning_rates")
-        # What suits the rows of the run itself (permuting their boxes, say) need not suit these.
-        changes = {"augment": None, "rows_per_image": 1} | {key: own[key] for key in keys if key in own}
-        stage = replace(recipe, warm_up=[], generation={}, early_stopping_patience=None, **changes)
-        stages.append(_of_its_own(stage, own) if "modalities" in own or "config" in own else stage)
+        stages.append(stage := stage_of(recipe, own))
         rows = load_rows(stage.dataset, stage.train_split, own.get("rows"))
         rows = some_of(rows, own.get("rows"), recipe.seed)
         contexts = contexts_of(encoders_and_config(stages[-1])[0])
@@ -89,6 +85,15 @@ def warm_up(recipe, task, train_dataset, folder, write, shared=None):
                 model.resize_answers(**task_next.answers)
     model._set_frozen(set(recipe.model.get("freeze") or ()))
     return model, processor
+
+
+def stage_of(recipe, own):
+    """The recipe of a stage of `recipe.warm_up`."""
+    keys = ("task", "dataset", "train_split", "augment", "rows_per_image", "learning_rates")
+    # What suits the rows of the run itself (permuting their boxes, say) need not suit these.
+    changes = {"augment": None, "rows_per_image": 1} | {key: own[key] for key in keys if key in own}
+    stage = replace(recipe, warm_up=[], generation={}, early_stopping_patience=None, **changes)
+    return _of_its_own(stage, own) if "modalities" in own or "config" in own else stage
 
 
 def _keep(model, aside, done):
