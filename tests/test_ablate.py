@@ -12,7 +12,9 @@ import torch
 import zoo
 from crossmodal.training import ablate as module
 from crossmodal.training.ablate import VARIANTS, ablate, summarise, variants_of
+from crossmodal.training.building import config_of
 from crossmodal.training.recipes import Recipe
+from crossmodal.training.warm_up import stage_of
 from killing import at_work_in
 from PIL import Image
 from test_modeling import lively
@@ -45,6 +47,21 @@ def test_a_variant_is_one_key_of_the_config(tmp_path):
         variants_of(run, ["gate={a"])
     with pytest.raises(ValueError, match="'conct' is no variant. Expected some of \\['concat'"):
         variants_of(run, ["conct"])
+
+
+def test_a_lone_modality_has_nothing_said_by_the_names_of_others(tmp_path):
+    by_name = {"modality_dropout": {"vision": 0.1, "text": 0.2}, "modality_prior": {"vision": 0.5, "text": 1.0}}
+    by_name |= {"fusion_queries": ["text"], "first_query": "text", "fusion_type": "interlaced"}
+    stage = {"dataset": "drawn:shape_facts", "modalities": ["vision"], "keep": ["vision"]}
+    stage["config"] = {"modality_dropout": {"vision": 0.1}, "fusion_type": "concat", "first_query": None}
+    run = recipe(tmp_path, warm_up=[stage])
+    run.model["config"] |= by_name
+    alone = variants_of(run, ["vision alone", "text alone"])["vision alone"]
+    config = config_of(alone)
+    assert (config.modality_dropout, config.modality_prior) == ({"vision": 0.1}, {"vision": 0.5})
+    assert (config.fusion_queries, config.first_query, config.fusion_type) == (None, None, "concat")
+    stages = [config_of(stage_of(each, each.warm_up[0])) for each in (run, alone)]
+    assert [stage.modality_prior for stage in stages] == [{"vision": 0.5}] * 2
 
 
 def test_a_recipe_names_variants_of_any_of_its_keys(tmp_path):

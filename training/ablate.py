@@ -17,7 +17,7 @@ import yaml
 from tqdm import tqdm
 
 from ..modeling.configuration_crossmodal import CrossModalConfig
-from .building import encoders_and_config
+from .building import encoders_and_config, said_of
 from .checkpoints import write_whole
 from .datasets import RowDataset
 from .loading import contexts_of, load_rows, some_of
@@ -122,16 +122,14 @@ def _as_in_full(stage, config, also):
 
 def _with_only(recipe, encoders, config, name):
     """The recipe of one modality by itself; stages that hand over nothing of it fall away."""
-    config = config | {"fusion_queries": None}
-    # There is nothing to alternate between, and nothing to be seen in.
-    config |= {"fusion_type": "concat"} if config.get("fusion_type") == "interlaced" else {}
-    config |= {"point_projection": "none"} if "point_projection" in config else {}
-    model = {"encoders": {name: encoders[name]}, "config": config}
+    model = {"encoders": {name: encoders[name]}, "config": _config_of_one({"fusion_queries": None, **config}, name)}
     model["freeze"] = [frozen for frozen in recipe.model.get("freeze") or () if frozen == name]
     stages = []
     for stage in copy.deepcopy(recipe.warm_up):
         if "keep" in stage:
             stage["keep"] = [kept for kept in stage["keep"] if kept in (name, "fusion")]
+        if "config" in stage:
+            stage["config"] = _config_of_one(stage["config"], name)
         for key in ("modalities", "freeze"):
             if key in stage:
                 stage[key] = [given for given in stage[key] if given == name]
@@ -143,6 +141,16 @@ def _with_only(recipe, encoders, config, name):
     # Of low-rank updates that reach another modality nothing is left.
     lora = recipe.lora if recipe.lora and recipe.lora["preset"] in (name, "all", "all-linear") else None
     return replace(recipe, model=model, warm_up=stages, learning_rates=rates, token_cache=cache, lora=lora)
+
+
+def _config_of_one(config, name):
+    """Fields of a config for one modality by itself."""
+    config = said_of(config, [name])
+    config |= {key: None for key in ("fusion_queries", "first_query") if key in config}
+    # There is nobody to look at: nothing to alternate between, and nothing to be seen in.
+    config |= {"fusion_type": "concat"} if config.get("fusion_type") == "interlaced" else {}
+    config |= {"point_projection": "none"} if "point_projection" in config else {}
+    return config
 
 
 def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missing_rate=None):

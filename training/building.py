@@ -92,6 +92,19 @@ def encoders_and_config(recipe):
     return entries, config
 
 
+def said_of(config, names):
+    """Fields of a config for some of its modalities: what they say by the names of others falls away."""
+    config = dict(config)
+    for key in ("modality_dropout", "modality_prior"):
+        if isinstance(config.get(key), dict):
+            config[key] = {name: value for name, value in config[key].items() if name in names}
+    if config.get("fusion_queries"):
+        config["fusion_queries"] = [name for name in config["fusion_queries"] if name in names] or None
+    if config.get("first_query") not in (None, "2d", "3d", *names):
+        config["first_query"] = None
+    return config
+
+
 def build(recipe, task, datasets):
     """(model, processor) of a recipe. `task` says the labels; a tokenizer may be trained on the texts of `datasets`."""
     encoders, options = encoders_and_config(recipe)

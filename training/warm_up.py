@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from .building import build, encoders_and_config
+from .building import build, encoders_and_config, said_of
 from .checkpoints import last_whole_checkpoint
 from .datasets import RowDataset
 from .loading import contexts_of, load_rows, some_of
@@ -125,6 +125,4 @@ def _of_its_own(stage, own):
     """The recipe of a stage that trains a model of its own: some of the modalities, another fusion."""
     encoders, config = encoders_and_config(stage)
     encoders = {name: encoders[name] for name in own.get("modalities", encoders)}
-    if config.get("fusion_queries"):
-        config["fusion_queries"] = [name for name in config["fusion_queries"] if name in encoders] or None
-    return replace(stage, model={"encoders": encoders, "config": config | own.get("config", {})})
+    return replace(stage, model={"encoders": encoders, "config": said_of(config, encoders) | own.get("config", {})})
