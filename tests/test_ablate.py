@@ -64,6 +64,15 @@ def test_a_lone_modality_has_nothing_said_by_the_names_of_others(tmp_path):
     assert [stage.modality_prior for stage in stages] == [{"vision": 0.5}] * 2
 
 
+def test_a_stage_that_hands_over_its_fusion_has_that_of_the_variant():
+    found = variants_of(Recipe.load("classification_clips"), ["concat", "hidden_dropout=0.3"])
+    for name, key, value in (("full", "fusion_type", "cross"), ("concat", "fusion_type", "concat")):
+        stage = found[name].warm_up[0]
+        assert stage["keep"] == ["audio", "video", "fusion"] and stage["config"] == {"projection_dim": 128}
+        assert getattr(config_of(stage_of(found[name], stage)), key) == getattr(config_of(found[name]), key) == value
+    assert config_of(stage_of(found["hidden_dropout=0.3"], stage)).hidden_dropout == 0.3
+
+
 def test_a_recipe_names_variants_of_any_of_its_keys(tmp_path):
     other = {"model_type": "vit", "image_size": 32, "patch_size": 8}
     named = {"with ViT": {"model.encoders.vision": other}, "slow": {"training.learning_rate": 1e-5, "seed": 3}}

@@ -111,8 +111,11 @@ def _change_of(name):
 
 
 def _as_in_full(stage, config, also):
-    """A stage that trains a model of its own, made independent of what the variants change: all start from the same."""
-    if not {"modalities", "config"} & stage.keys():
+    """A stage that trains a model of its own, made independent of what the variants change: all start from the same.
+
+    One that hands its fusion over has that of the variant, which another would not fit.
+    """
+    if not {"modalities", "config"} & stage.keys() or "fusion" in stage.get("keep", ()):
         return stage
     changed = {key for change in VARIANTS.values() for key in change} | set(also)
     known = {key for key in changed if key in config or hasattr(CrossModalConfig, key)}
