@@ -12,15 +12,17 @@ import torch
 import zoo
 from crossmodal.training import ablate as module
 from crossmodal.training.ablate import VARIANTS, ablate, summarise, variants_of
-from crossmodal.training.building import config_of
+from crossmodal.training.building import config_of, encoders_and_config
 from crossmodal.training.recipes import Recipe
+from crossmodal.training.tasks import TASKS
 from crossmodal.training.warm_up import stage_of
 from killing import at_work_in
 from PIL import Image
 from test_modeling import lively
 from world import TINY_RECIPE, color_rows
 
-from crossmodal import CrossModalForVQA
+import crossmodal
+from crossmodal import CrossModalForVQA, configs
 
 
 def recipe(folder, **changes):
@@ -49,6 +51,95 @@ def test_a_variant_is_one_key_of_the_config(tmp_path):
         variants_of(run, ["conct"])
 
 
+RECIPES = sorted(path.stem for path in (Path(configs.__file__).parent / "training").glob("*.yaml"))
+WINDOW = ["joint", "mutual", "bottleneck"]
+ONE = ["no cross-attention", "uniform weights", "interlaced"]
+ONE_LAYER = ["single level"]
+POINTS = ["single level", "concat", "joint", "interlaced", "mutual", "bottleneck", "vision alone"]
+LEFT_OUT = {
+    "captioning_coco": ONE,
+    "captioning_fashion": ONE,
+    "classification_clips": [*WINDOW, "audio alone", "video alone"],
+    "classification_deap": [*ONE, *ONE_LAYER],
+    "classification_digits": ONE_LAYER,
+    "classification_eeg": [*ONE, *ONE_LAYER],
+    "classification_mosi": ["no cross-attention", "uniform weights", "concat"],
+    "classification_spoken_digits": [*ONE, *ONE_LAYER],
+    "retrieval_clips": [*WINDOW, "audio alone", "video alone"],
+    "retrieval_coco": ["vision alone", "text alone"],
+    "retrieval_digits": [*ONE_LAYER, "audio alone", "vision alone"],
+    "retrieval_fashion": ["vision alone", "text alone"],
+    "retrieval_flickr30k": ["vision alone", "text alone"],
+    "segmentation_driving": POINTS,
+    "segmentation_room": POINTS,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_variants_of_every_recipe_are_checked_without_the_network(name, monkeypatch):
+    def connect(*arguments):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    loaded, lines = Recipe.load(name), []
+    found = variants_of(loaded, write=lines.append)
+    alone = [f"{m} alone" for m in encoders_and_config(loaded)[0]]
+    every = list(loaded.variants) or [*VARIANTS, *(alone if len(alone) > 1 else [])]
+    left_out = LEFT_OUT.get(name, [])
+    assert list(found) == [each for each in dict.fromkeys(["full", *every]) if each not in left_out]
+    said = [line.partition(" is left out: ")[0] for line in lines if " is left out: " in line]
+    assert sorted(said) == sorted(map(repr, left_out))
+    # What is left serves the head of the task.
+    for run in found.values():
+        getattr(crossmodal, TASKS[run.task].model_class).check_config(config_of(run))
+    if loaded.compare:
+        assert list(variants_of(loaded, loaded.compare)) == ["full", *loaded.compare]
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen", "said"),
+    [
+        (
+            {},
+            "fusion_type=crosss",
+            "the variant 'fusion_type=crosss' cannot be trained: fusion_type='crosss' is unknown",
+        ),
+        ({}, "fusion_typ=concat", "fusion_typ='concat' is not a key|fusion_typ is no field of CrossModalConfig"),
+        ({}, "fusoin=concat", "model.config.fusoin is no field of CrossModalConfig"),
+        ({}, "hidden_size=wide", "'hidden_size=wide' cannot be trained: .*hidden_size"),
+        ({}, "fusion_type=cross", "'fusion_type=cross' cannot be trained: it is 'full' again"),
+        ({"config": {"fusion_type": "joint"}}, "no cross-attention", "cannot be trained: gate='closed'"),
+        ({"config": {"attention_kernel": "linear"}}, "mutual", "'mutual' is exact attention"),
+        ({"task": "retrieval"}, "text alone", "'text alone' cannot be trained: CrossModalForRetrieval compares"),
+    ],
+)
+def test_a_variant_that_was_named_and_cannot_be_trained_is_refused_before_any_run(changes, chosen, said, tmp_path):
+    run = recipe(tmp_path)
+    run = replace(run, task=changes.get("task", run.task))
+    run.model["config"] |= changes.get("config", {})
+    with pytest.raises(ValueError, match=said):
+        ablate(run, ["concat", chosen], 1, color_rows(24), color_rows(12))
+    assert not list(tmp_path.iterdir())
+    # As one of the recipe's own.
+    if "=" in chosen:
+        key, _, value = chosen.partition("=")
+        with pytest.raises(ValueError, match="the variant 'mine' cannot be trained"):
+            variants_of(replace(run, variants={"mine": {f"model.config.{key}": value}}))
+
+
+def test_operators_without_a_gate_are_compared_with_concat_instead_and_nothing_is_trained_twice(tmp_path):
+    run, lines = recipe(tmp_path), []
+    run.model["config"] |= {"fusion_type": "bottleneck", "bottleneck": "resample"}
+    found = variants_of(run, write=lines.append)
+    assert found["no cross-attention"].model["config"]["fusion_type"] == "concat"
+    assert "gate" not in found["no cross-attention"].model["config"]
+    assert (
+        not {"concat", "bottleneck"} & found.keys()
+        and "'concat' is left out: it is 'no cross-attention' again" in lines
+    )
+    assert lines[0].startswith("'no cross-attention' is fusion_type='concat' here: gate='closed'")
+
+
 def test_a_lone_modality_has_nothing_said_by_the_names_of_others(tmp_path):
     by_name = {"modality_dropout": {"vision": 0.1, "text": 0.2}, "modality_prior": {"vision": 0.5, "text": 1.0}}
     by_name |= {"fusion_queries": ["text"], "first_query": "text", "fusion_type": "interlaced"}
@@ -71,6 +162,24 @@ def test_a_stage_that_hands_over_its_fusion_has_that_of_the_variant():
         assert stage["keep"] == ["audio", "video", "fusion"] and stage["config"] == {"projection_dim": 128}
         assert getattr(config_of(stage_of(found[name], stage)), key) == getattr(config_of(found[name]), key) == value
     assert config_of(stage_of(found["hidden_dropout=0.3"], stage)).hidden_dropout == 0.3
+
+
+def test_what_cannot_be_known_without_the_network_is_no_reason_to_refuse(tmp_path):
+    run, lines = recipe(tmp_path), []
+    # Whether this is a sound, which the kernel serves, or an image, which it does not, only its config would tell.
+    run.model["encoders"] = {"left": "nobody/left", "right": {"model": "nobody/right", "type": "vision"}}
+    run.model["config"] |= {"attention_kernel": "window"}
+    found = variants_of(run, ["concat", "gate=clsoed"], lines.append)
+    assert list(found) == ["full", "concat", "gate=clsoed"]
+    assert len(lines) == 1 and lines[0].startswith(
+        "variants are not checked beforehand, for the encoders of ['left', 'right']"
+    )
+    run.model["encoders"]["right"] = {"model": "nobody/right", "type": "audio"}
+    with pytest.raises(ValueError, match="gate='clsoed' is unknown"):
+        variants_of(run, ["concat", "gate=clsoed"])
+    run.model["encoders"] = TINY_RECIPE["model"]["encoders"]
+    with pytest.raises(ValueError, match="attention_kernel='window' needs tokens in order"):
+        variants_of(run, ["concat"])
 
 
 def test_a_recipe_names_variants_of_any_of_its_keys(tmp_path):

@@ -17,16 +17,18 @@ import yaml
 from tqdm import tqdm
 
 from ..modeling.configuration_crossmodal import CrossModalConfig
-from .building import encoders_and_config, said_of
+from .building import config_of, encoders_and_config, said_of, unknown_encoders
 from .checkpoints import write_whole
 from .datasets import RowDataset
 from .loading import contexts_of, load_rows, some_of
+from .points import second_stage
 from .processes import FolderTaken, alone_in, begin, is_main
 from .recipes import nearest
 from .robustness import CorruptedDataset
 from .tasks import TASKS
 from .token_cache import with_cached_tokens
 from .train import other_run, train
+from .warm_up import stage_of
 
 
 # Name to what it changes of the model's config. The first is what the others are compared with. A row is a sweep point and
@@ -54,16 +56,17 @@ BASELINES = {
 _WAIT = 10
 
 
-def variants_of(recipe, chosen=None):
-    """{name: recipe} of an ablation, `full` first.
+def variants_of(recipe, chosen=None, write=print):
+    """{name: recipe} of an ablation, `full` first, all checked before any is trained.
 
     Args:
         recipe: Recipe. chosen: names of `recipe.variants`, `VARIANTS` and `BASELINES`, `key=value` of the model's config (several with
             spaces between), or `<modality> alone`, with one of these behind it or without; None takes the recipe's own, or where it has
-            none all of `VARIANTS`, and each modality alone.
+            none all of `VARIANTS`, and each modality alone, that this recipe can have.
+        write: takes a line for each of these that is left out, with the reason.
 
     Raises:
-        ValueError: for a name that there is not.
+        ValueError: for a name that there is not, and for a variant by name, or of the recipe, that cannot be trained or is `full` again.
     """
     if recipe.model.get("checkpoint"):
         raise ValueError(
@@ -74,26 +77,96 @@ def variants_of(recipe, chosen=None):
     own = recipe.variants
     recipe = replace(recipe, variants={}, warm_up=[_as_in_full(stage, config, also) for stage in recipe.warm_up])
     alone = {f"{name} alone": name for name in encoders} if len(encoders) > 1 else {}
-    found, named = {}, VARIANTS | BASELINES
+    known, by_default = VARIANTS | BASELINES, not (chosen or own)
+    checked = _can_be_checked(recipe, write)
+    found, models = {}, {}
     for name in dict.fromkeys(["full", *(chosen or own or [*VARIANTS, *alone])]):
-        if name in own:
-            found[name] = recipe.changed(own[name])
-            continue
         only = next((part for part in alone if name == part or name.startswith(f"{part} ")), "")
-        changed = _with_only(recipe, encoders, config, alone[only]) if only else recipe
         rest = name.removeprefix(only).strip()
-        if not rest or rest in named:
-            change = named.get(rest, {})
+        if name in own or not rest or rest in known:
+            change = known.get(rest, {})
         elif "=" in rest:
             change = _change_of(rest)
         else:
             raise ValueError(
-                f"{name!r} is no variant. Expected some of {nearest(name, [*own, *named, *alone])}, or key=value of the config."
+                f"{name!r} is no variant. Expected some of {nearest(name, [*own, *known, *alone])}, or key=value of the config."
             )
-        model = copy.deepcopy(changed.model)
-        model["config"] = {**(model.get("config") or {}), **change}
-        found[name] = replace(changed, model=model)
+        instead = ""
+        try:
+            if name in own:
+                run = recipe.changed(own[name])
+            else:
+                run = _with(_with_only(recipe, encoders, config, alone[only]) if only else recipe, change)
+            if checked and by_default and change.get("gate") == "closed" and (why := _refused(run)):
+                run, instead = _with(recipe, VARIANTS["concat"]), f"{name!r} is fusion_type='concat' here: {why}"
+            model = _identity(run) if checked else name
+            same = next((other for other in (models if by_default else ["full"]) if models.get(other) == model), None)
+            reason = None if same is None else f"it is {same!r} again"
+        except ValueError as error:
+            reason = str(error)
+        if reason is None:
+            found[name], models[name] = run, model
+            if instead:
+                write(instead)
+        elif by_default:
+            write(f"{name!r} is left out: {reason}")
+        else:
+            raise ValueError(f"the variant {name!r} cannot be trained: {reason}")
     return found
+
+
+def _can_be_checked(recipe, write):
+    """Whether it can be said beforehand what the variants of a recipe are refused for.
+
+    Raises:
+        ValueError: for a recipe that cannot be trained itself.
+    """
+    if (why := _refused(recipe)) is None:
+        return True
+    if not (unknown := unknown_encoders(recipe)):
+        raise ValueError(why)
+    write(f"variants are not checked beforehand, for the encoders of {unknown} are not on this machine: {why}")
+    return False
+
+
+def _refused(run):
+    """Why a run cannot be trained, or None."""
+    try:
+        _identity(run)
+    except ValueError as error:
+        return str(error)
+
+
+def _identity(run):
+    """What two runs have alike that train the same model in the same way.
+
+    Raises:
+        ValueError: for a run whose model, or that of one of its stages, is refused.
+    """
+    config = config_of(run)
+    for number, own in enumerate(run.warm_up, 1):
+        try:
+            config_of(stage_of(run, own))
+        except ValueError as error:
+            raise ValueError(f"stage {number} of warm_up: {error}") from error
+    if run.pseudo_labels:
+        config_of(second_stage(run))
+    encoders, options = encoders_and_config(run)
+    model = config.to_dict() | {key: options.get(key) for key in ("class_weights", "thresholds")}
+    model["fusion_levels"] = {name: config.levels_of(name) for name in config.modality_names}
+    if len(config.modality_names) == 1:
+        # Nothing is looked at across, and its weight is 1.
+        model["gate"] = None if config.fusion_type == "cross" else config.gate
+        model["modality_weighting"] = {"adaptive": "uniform"}.get(config.modality_weighting, config.modality_weighting)
+    rest = {key: run.model.get(key) or None for key in ("freeze", "decoder")}
+    return model, encoders, rest, run.stated(leave_out=("model",))
+
+
+def _with(run, change):
+    """A run with other fields of its model's config."""
+    model = copy.deepcopy(run.model)
+    model["config"] = {**(model.get("config") or {}), **change}
+    return replace(run, model=model)
 
 
 def _change_of(name):
@@ -156,7 +229,7 @@ def _config_of_one(config, name):
     return config
 
 
-def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missing_rate=None):
+def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missing_rate=None, write=print):
     """Trains every variant of a recipe over seeds; runs that were finished earlier are read, and those that another process is at
     come last: several processes that are given one sweep share it.
 
@@ -165,6 +238,7 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missin
         chosen: see `variants_of`. seeds: how many.
         train_rows, eval_rows: instead of `recipe.dataset`.
         missing_rate: also score every run with each modality missing in this part of the evaluation rows.
+        write: takes a line for each variant that is left out.
 
     Returns:
         list of dicts `{"variant", "runs", "mean", "deviation", "difference", "difference_deviation", "parameters"}` of the
@@ -172,7 +246,7 @@ def ablate(recipe, chosen=None, seeds=3, train_rows=None, eval_rows=None, missin
         "mean" and "loss", the mean drop against the same run's score on whole rows, with its "deviation"}.
     """
     metric, folder = TASKS[recipe.task].main_metric, Path(recipe.output_dir)
-    variants = variants_of(recipe, chosen)
+    variants = variants_of(recipe, chosen, write if is_main() else lambda line: None)
     plan = [(name, seed) for seed in range(recipe.seed, recipe.seed + seeds) for name in variants]
     results, rows = {}, {"train_rows": train_rows, "eval_rows": eval_rows}
     left, taken = deque(plan), 0

@@ -110,7 +110,7 @@ def ablate(
     from .ablate import as_markdown
     from .tasks import TASKS
 
-    table = run(loaded, variant, seeds, missing_rate=missing)
+    table = run(loaded, variant, seeds, missing_rate=missing, write=note)
     print(as_markdown(table, TASKS[loaded.task].main_metric, missing, TASKS[loaded.task].percent))
     note(f"table, runs and plot: {loaded.output_dir}/ablation.md, .csv, .png")
     if as_json:
