@@ -15,6 +15,7 @@ from crossmodal.training.ablate import VARIANTS, ablate, summarise, variants_of
 from crossmodal.training.building import config_of, encoders_and_config
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.tasks import TASKS
+from crossmodal.training.train import train
 from crossmodal.training.warm_up import stage_of
 from killing import at_work_in
 from PIL import Image
@@ -120,11 +121,14 @@ def test_a_variant_that_was_named_and_cannot_be_trained_is_refused_before_any_ru
     with pytest.raises(ValueError, match=said):
         ablate(run, ["concat", chosen], 1, color_rows(24), color_rows(12))
     assert not list(tmp_path.iterdir())
-    # As one of the recipe's own.
+    # As one of the recipe's own, and where it is to stand beside a run.
     if "=" in chosen:
         key, _, value = chosen.partition("=")
         with pytest.raises(ValueError, match="the variant 'mine' cannot be trained"):
             variants_of(replace(run, variants={"mine": {f"model.config.{key}": value}}))
+    with pytest.raises(ValueError, match=said):
+        train(replace(run, output_dir=str(tmp_path / "run"), compare=[chosen]), color_rows(24), color_rows(12))
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 def test_operators_without_a_gate_are_compared_with_concat_instead_and_nothing_is_trained_twice(tmp_path):

@@ -81,6 +81,7 @@ def train(recipe, train_rows=None, eval_rows=None, fresh=False, write=print, exp
 def _train(recipe, train_rows, eval_rows, fresh, write, export, warm_up_folder, measured_on_held_out):
     started, output = time.time(), Path(recipe.output_dir)
     resumed, checkpoint = on_main(lambda: _claim_folder(recipe, output, fresh, write))
+    variants = _variants(recipe, write)
     set_seed(recipe.seed)
     entries = encoders_and_config(recipe)[0]
     contexts, skip = contexts_of(entries), bool(recipe.max_broken_samples)
@@ -162,7 +163,7 @@ def _train(recipe, train_rows, eval_rows, fresh, write, export, warm_up_folder, 
         _merge(recipe, trainer, processor, whole if recipe.lora.get("bits") else None, adapter)
     metrics, outputs = score(trainer, task, datasets["evaluation"], processor)
     baselines = (
-        _compare(recipe, train_rows, None if measured_on_held_out else eval_rows, output, write)
+        _compare(recipe, variants, train_rows, None if measured_on_held_out else eval_rows, output, write)
         if recipe.compare
         else {}
     )
@@ -269,12 +270,19 @@ def _second_stage(recipe, trainer, processor, task, datasets, training, output, 
     return fit(model, processor, task, dataset, datasets["choosing"], training, folder, stage, checkpoint, write)
 
 
-def _compare(recipe, train_rows, eval_rows, output, write):
+def _variants(recipe, write):
+    """{name: recipe} of what a recipe is compared with, checked before it is trained itself."""
+    from .ablate import variants_of
+
+    return variants_of(recipe, recipe.compare, write) if recipe.compare else {}
+
+
+def _compare(recipe, variants, train_rows, eval_rows, output, write):
     """{variant: metrics} of what a recipe is compared with, trained on the same rows."""
-    from .ablate import train_variant, variants_of
+    from .ablate import train_variant
 
     found = {}
-    for name, run in variants_of(recipe, recipe.compare).items():
+    for name, run in variants.items():
         if name != "full":
             write(f"{recipe.name}: training {name} to compare with.")
             place = output / "checkpoints" / "compare"
