@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from crossmodal.training.checkpoints import last_whole_checkpoint
 from crossmodal.training.collator import SampleCollator
 from crossmodal.training.datasets import RowDataset
@@ -199,6 +200,20 @@ def test_learning_rates_follow_the_component(tmp_path):
         assert rates[id(parameter)] == expected, name
     with pytest.raises(ValueError, match="'audio'. Expected any of"):
         CrossModalTrainer(model=model, args=arguments, learning_rates={"audio": 1})
+
+
+def test_weights_of_products_decay_and_temperatures_gates_and_variances_do_not(tmp_path):
+    model = CrossModalForRetrieval(
+        zoo.tiny_config(alignment_weight=1.0, alignment="late_interaction", loss_weighting="learned", gate="static")
+    )
+    arguments = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none")
+    decayed = set(CrossModalTrainer(model=model, args=arguments).get_decay_parameter_names(model))
+    named = dict(model.named_parameters())
+    free = set(named) - decayed
+    assert {name.rsplit(".", 1)[-1] for name in free} >= {"bias", "scale", "log_variances"}
+    assert {"logit_scale.scale", "alignment.temperature.scale", "loss_weights.log_variances"} <= free
+    assert any(".gate." in name for name in free)
+    assert all(named[name].dim() > 1 for name in decayed) and len(decayed) > 50
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path):

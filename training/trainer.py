@@ -241,6 +241,13 @@ class CrossModalTrainer(Trainer):
                 f"or allow for more. The first: {' '.join(first)}"
             )
 
+    def get_decay_parameter_names(self, model):
+        # Temperatures, variances and gates are no weights of a product: decay would draw them to values that mean something else.
+        parameters = dict(model.named_parameters())
+        names = super().get_decay_parameter_names(model)
+        # Under ZeRO-3 a parameter is flat, and says what shape it has.
+        return [name for name in names if len(getattr(parameters[name], "ds_shape", parameters[name].shape)) > 1]
+
     def create_optimizer(self, model=None):
         if self.learning_rates and self.optimizer is None:
             target = self.model if model is None else model
