@@ -306,7 +306,8 @@ def sharded(case):
     loss = model(**batch).loss if whole is None else model(**batch, num_items_in_batch=whole).loss * RANKS
     loss.backward()
     norms = {}
-    GradientNorms(norms).on_pre_optimizer_step(None, TrainerState(logging_steps=1), None, model)
+    every_step = SimpleNamespace(logging_first_step=True, logging_strategy="steps")
+    GradientNorms(norms).on_pre_optimizer_step(every_step, TrainerState(logging_steps=1), None, model)
     found = {name: torch.tensor(norm) for name, norm in norms.items()}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

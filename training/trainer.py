@@ -243,7 +243,7 @@ class CrossModalTrainer(Trainer):
 
     def get_decay_parameter_names(self, model):
         # Temperatures, variances and gates are no weights of a product: decay would draw them to values that mean something else.
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         names = super().get_decay_parameter_names(model)
         # Under ZeRO-3 a parameter is flat, and says what shape it has.
         return [name for name in names if len(getattr(parameters[name], "ds_shape", parameters[name].shape)) > 1]
