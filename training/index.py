@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .checkpoints import write_whole
 from .datasets import RowDataset
 from .retrieval import _PAIRS, encode_batch, features_from, inputs_of
 from .token_cache import input_key, update_with_weights
@@ -262,9 +263,7 @@ class CrossModalIndex:
             "parts": {name: store.parts for name, store in self.stores.items()},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / "index.json.writing"
-        aside.write_text(json.dumps(listing, indent=1))
-        os.replace(aside, self.folder / "index.json")
+        write_whole(self.folder / "index.json", json.dumps(listing, indent=1))
 
     @torch.inference_mode()
     def search(self, top_k=10, rerank=32, target=None, **query):
