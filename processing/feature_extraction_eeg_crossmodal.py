@@ -6,7 +6,7 @@ Shipped to the Hub beside the weights: imports only torch, transformers, numpy a
 import numpy as np
 from transformers import FeatureExtractionMixin
 
-from .reading_crossmodal import resample, scipy_signal
+from .reading_crossmodal import checked_rate, read_numbers, resample, scipy_signal
 
 
 # Hz. Name of a band: what it is band-passed to for entropy, and the first and last of the 1 Hz bins of its power, as the authors of
@@ -71,11 +71,12 @@ class EEGFeatureExtractor(FeatureExtractionMixin):
             ValueError: for a rate that is not given, NaN, another number of axes, a signal shorter than a window, and where scipy is
                 not installed.
         """
-        signal = np.asarray(signal, dtype=np.float64)
+        signal = read_numbers(signal, where, np.float64)
         if sampling_rate is None:
             raise ValueError(
                 f"the sampling rate of {where} is not known. Pass {{'array': (channels, samples), 'sampling_rate': Hz}}."
             )
+        sampling_rate = checked_rate(sampling_rate)
         if signal.ndim != 2 or 0 in signal.shape:
             raise ValueError(f"{where} has shape {signal.shape}. Expected (channels, samples).")
         if not np.isfinite(signal).all():

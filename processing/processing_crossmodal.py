@@ -17,7 +17,16 @@ from .feature_extraction_eeg_crossmodal import EEGFeatureExtractor
 
 # Not called here: what a file imports is saved with it, and a folder with model and processor runs in `pipeline`.
 from .pipeline_crossmodal import CrossModalPipeline  # noqa: F401
-from .reading_crossmodal import FRAME_SAMPLINGS, evenly, read_image, read_sound, read_video, resample
+from .reading_crossmodal import (
+    FRAME_SAMPLINGS,
+    evenly,
+    read_image,
+    read_numbers,
+    read_sound,
+    read_video,
+    read_wave,
+    resample,
+)
 from .reading_points_crossmodal import point_values, read_points
 
 
@@ -270,7 +279,7 @@ class CrossModalProcessor(ProcessorMixin):
                 a row has, a list of them for each row, of which so many are taken at even distances.
             text: strings, or conversations (lists of `{"role", "content"}`), whose oldest turns are left out where they are too
                 long. Where no modality is text and the model writes text: what it is to go on with ("": it begins).
-            audio: waveforms (samples,), dicts with `array` and `sampling_rate`, or paths or bytes of sound files. Whatever their
+            audio: waveforms (samples,) from -1 to 1 or of 16- or 32-bit whole numbers, dicts with `array` and `sampling_rate`, or paths or bytes of sound files. Whatever their
                 rate is, they are resampled to that of the feature extractor.
             videos: lists of frames, each an image, or paths of video files, of which the `num_frames` that the modality says are
                 read, at even distances or from the middle. Where an encoder of images reads the frames, rows may have different
@@ -283,9 +292,9 @@ class CrossModalProcessor(ProcessorMixin):
             padding, return_text_replacement_offsets: for callers that ask; batches are always padded.
             return_offsets_mapping: also give `offset_mapping` (B,T,2), where in the text each word begins and ends.
             named: further modalities by name; points in any form that `read_points` takes (dicts of `coordinates`, `colors`, `features`,
-                `uv`, `segments`, arrays (N,F), `.ply` and `.npz` files); EEG as dicts of `array` (channels, samples) in microvolts and `sampling_rate`; and feature sequences (T,...) as arrays, tensors, lists of them, or dicts of `array` and
-                `mask` (T,), which says what steps are real. Also
-                `<name>_tokens`: tokens (T,W) or (h,w,W) of a frozen encoder (`model.base_model.encode_tokens`), a list with
+                `uv`, `segments`, arrays (N,F), `.ply` and `.npz` files); EEG as dicts of `array` (channels, samples) in microvolts and
+                `sampling_rate`; and feature sequences (T,...) as arrays, tensors, lists of them, or dicts of `array` and `mask` (T,),
+                which says what steps are real. Also `<name>_tokens`: tokens (T,W) or (h,w,W) of a frozen encoder (`model.base_model.encode_tokens`), a list with
                 one array per row, in place of the raw inputs of that modality.
 
         Returns:
@@ -597,7 +606,7 @@ class CrossModalProcessor(ProcessorMixin):
             if isinstance(item, dict):
                 rate = item.get("sampling_rate", rate)
                 item = item.get("array")
-            wave = None if item is None else np.asarray(item, dtype=np.float32)
+            wave = None if item is None else read_wave(item, f"the samples of row {row} ({modality['name']!r})")
             if wave is None or wave.ndim != 1 or wave.size == 0 or not np.isfinite(wave).all():
                 given = "nothing" if wave is None else f"shape {wave.shape}" if wave.size else "an empty clip"
                 given = "NaN or infinity" if wave is not None and wave.ndim == 1 and wave.size else given
@@ -631,19 +640,19 @@ class CrossModalProcessor(ProcessorMixin):
     def _process_features_rows(self, modality, items, rows):
         sequences, masks = [], []
         for row, item in zip(rows, items, strict=True):
-            there = None
+            there, where = None, f"features of row {row} ({modality['name']!r})"
             if isinstance(item, dict):
+                if item.get("array") is None:
+                    raise ValueError(f"{where} have {sorted(item)}. Expected 'array', and maybe 'mask'.")
                 item, there = item["array"], item.get("mask")
-            sequence = torch.as_tensor(
-                np.asarray(item, dtype=np.float32) if not torch.is_tensor(item) else item
-            ).float()
+            sequence = torch.from_numpy(read_numbers(item, where))
             if (
                 sequence.dim() < 2
                 or sequence.numel() == 0
                 or (sequences and sequence.shape[1:] != sequences[0].shape[1:])
             ):
                 raise ValueError(
-                    f"features of row {row} ({modality['name']!r}) have shape {tuple(sequence.shape)}. Expected "
+                    f"{where} have shape {tuple(sequence.shape)}. Expected "
                     f"(steps, ...) with at least one step{' and the size of row 0' if sequences else ''}."
                 )
             steps = 2 * modality.get("context", 0) + 1
@@ -652,18 +661,18 @@ class CrossModalProcessor(ProcessorMixin):
                 sequence, there = _in_the_middle(sequence, steps)
             elif steps > 1 and len(sequence) != steps:
                 raise ValueError(
-                    f"features of row {row} ({modality['name']!r}) have {len(sequence)} steps. This model takes a row with "
+                    f"{where} have {len(sequence)} steps. This model takes a row with "
                     f"{steps // 2} neighbours on each side: {steps} steps and a mask of those that there are, or one step alone."
                 )
             if not torch.isfinite(sequence).all():
                 raise ValueError(
-                    f"features of row {row} ({modality['name']!r}) contain NaN or infinity. Replace them, or give None "
-                    "for a row without this modality."
+                    f"{where} contain NaN or infinity. Replace them, or give None for a row without this modality."
                 )
-            there = torch.ones(len(sequence), dtype=torch.bool) if there is None else torch.as_tensor(there).bool()
+            there = np.ones(len(sequence)) if there is None else there
+            there = torch.from_numpy(read_numbers(there, f"the mask of {where}")).bool()
             if there.shape != (len(sequence),) or not there.any():
                 raise ValueError(
-                    f"features of row {row} ({modality['name']!r}) have {len(sequence)} steps and a mask of shape "
+                    f"{where} have {len(sequence)} steps and a mask of shape "
                     f"{tuple(there.shape)} with {int(there.sum())} real ones. Expected one for each step, at least one real."
                 )
             sequences.append(sequence)
@@ -802,7 +811,10 @@ def _axes(value):
 
 def _pad_tokens(name, items, rows):
     """Tokens of several rows as one batch: `<name>_tokens`, and `<name>_tokens_mask` if their numbers differ."""
-    items = [torch.as_tensor(item) for item in items]
+    items = [
+        torch.as_tensor(item if hasattr(item, "dtype") else read_numbers(item, f"{name}_tokens of row {row}"))
+        for row, item in zip(rows, items, strict=True)
+    ]
     for row, item in zip(rows, items, strict=True):
         if item.dim() not in (2, 3, 4) or item.shape[-1] != items[0].shape[-1] or item.dim() != items[0].dim():
             raise ValueError(

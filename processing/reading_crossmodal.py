@@ -41,16 +41,59 @@ def read_sound(source, where="sound file"):
     return {"array": array if array.ndim == 1 else array.mean(axis=1), "sampling_rate": rate}
 
 
+def read_numbers(value, where, dtype=np.float32):
+    """An array, a tensor, or lists of numbers as an array of `dtype`.
+
+    Raises:
+        ValueError: naming `where`, for lists of unequal lengths and for what holds no (real) numbers.
+    """
+    try:
+        if torch.is_tensor(value):
+            value = value.detach().cpu()
+            # NumPy has no bfloat16.
+            value = value.float() if value.is_floating_point() and value.dtype != torch.float64 else value
+        array = np.asarray(value)
+        if array.dtype.kind not in "biufO":
+            raise TypeError(f"they are of type {array.dtype}")
+        return array.astype(dtype, copy=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} are no numbers: {error}. Expected an array, or lists of equal lengths.") from error
+
+
+def read_wave(value, where):
+    """Samples as float32. Whole numbers of 16 or 32 bits, as WAV files hold them, become -1 to 1, as files are read.
+
+    Raises:
+        ValueError: naming `where`, for what holds no numbers.
+    """
+    wave, kind = read_numbers(value, where), str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return wave / np.float32(2 ** (int(kind[3:]) - 1)) if kind in ("int16", "int32") else wave
+
+
+def checked_rate(rate):
+    """A sampling rate in Hz, as a number.
+
+    Raises:
+        ValueError: for anything that is not above 0.
+    """
+    try:
+        found = float(rate)
+    except (TypeError, ValueError):
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise ValueError(f"sampling_rate={rate!r}. Expected Hz, above 0.")
+    return found
+
+
 def resample(wave, rate, wanted):
     """A waveform (samples,) of `rate` Hz at `wanted` Hz, by a polyphase filter.
 
     Raises:
         ValueError: for rates that are none, or if scipy is not installed.
     """
+    rate = checked_rate(rate)
     if int(rate) == int(wanted):
         return wave
-    if rate <= 0:
-        raise ValueError(f"sampling_rate={rate}. Expected Hz, above 0.")
     scipy, shared = (
         scipy_signal(f"a signal of {rate} Hz is resampled to the model's {wanted} Hz"),
         math.gcd(int(rate), int(wanted)),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .reading_crossmodal import read_numbers
+
 
 POINT_KEYS = ("coordinates", "colors", "features", "uv", "segments")
 # Names that the same things have in files of others.
@@ -34,7 +36,7 @@ def read_points(source, where="points"):
     if isinstance(source, str | Path):
         where, source = f"{where} ({str(source):.200})", _read_file(source, where)
     if not isinstance(source, dict):
-        array = _numbers(source, where)
+        array = read_numbers(source, where)
         if array.ndim != 2 or array.shape[1] < 3:
             raise ValueError(
                 f"{where}: an array of shape {array.shape}. Expected (points, 3 or more): coordinates, then features."
@@ -46,7 +48,7 @@ def read_points(source, where="points"):
             f"{where} has no coordinates: it has {sorted(source)}. Expected 'coordinates' (N,3) and any of {list(POINT_KEYS[1:])}; of a "
             ".ply file its properties x, y and z."
         )
-    read = {key: _numbers(given[key], f"{key} of {where}") for key in POINT_KEYS if key in given}
+    read = {key: read_numbers(given[key], f"{key} of {where}") for key in POINT_KEYS if key in given}
     coordinates = read["coordinates"]
     if coordinates.ndim != 2 or coordinates.shape[1] != 3:
         raise ValueError(f"the coordinates of {where} have shape {coordinates.shape}. Expected (points, 3).")
@@ -75,13 +77,6 @@ def read_points(source, where="points"):
         # Numbered from 0 without gaps, whatever they were called.
         read["segments"] = np.unique(read["segments"].reshape(-1), return_inverse=True)[1].astype(np.int64)
     return read
-
-
-def _numbers(value, where):
-    try:
-        return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} are no numbers: {error}.") from error
 
 
 def _read_file(path, where):

@@ -136,6 +136,11 @@ def test_long_text_is_cut_at_the_limit_of_the_modality():
         ({}, "no input was given"),
         ({"eeg": [np.full((3, 6), np.nan)]}, "NaN or infinity"),
         ({"eeg": [noise(3, 6), noise(3, 5)]}, "features of row 1"),
+        ({"eeg": [noise(3, 6), [[0.0] * 6, [0.0] * 5]]}, "features of row 1 .* are no numbers"),
+        ({"eeg": [noise(3, 6) + 1j]}, "features of row 0 .* are of type complex"),
+        ({"eeg": [{"values": noise(3, 6)}]}, "features of row 0 .* Expected 'array'"),
+        ({"eeg": [{"array": noise(3, 6), "mask": "yes"}]}, "the mask of features of row 0 .* are no numbers"),
+        ({"vision_tokens": ["abc"]}, "vision_tokens of row 0 are no numbers"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_with_its_row_and_the_fix(processor, arguments, said):
@@ -177,6 +182,8 @@ def test_sound_is_extracted_with_a_mask_of_its_own(kind):
     [
         ([noise(100)], None, "sampling rate"),
         ([noise(100)], -8000, "Expected Hz, above 0"),
+        ([noise(100)], "fast", "Expected Hz, above 0"),
+        ([["a", "b"]], 16000, "the samples of row 0 .* are no numbers"),
         ([b"RIFF"], None, "audio of row 0: not readable as sound"),
         (["no/such.wav"], None, "audio of row 0: not readable as sound"),
         ([noise(0)], 16000, "empty clip"),
@@ -209,6 +216,17 @@ def test_sound_of_any_rate_and_from_files_is_heard_alike(tmp_path):
     for other in others:
         # But for the ends, where a filter sees silence.
         torch.testing.assert_close(other[200:-200], expected[200:-200], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["int16", "int32", "torch int16"])
+def test_whole_numbers_of_a_wav_file_are_heard_like_the_file(kind):
+    processor = CrossModalProcessor(feature_extractor=Wav2Vec2FeatureExtractor(do_normalize=False))
+    tone = np.sin(np.arange(1600) / 10).astype(np.float32) * 0.9
+    bits = 32 if kind == "int32" else 16
+    whole = (tone * 2.0 ** (bits - 1)).astype(kind.split()[-1])
+    whole = torch.from_numpy(whole) if kind.startswith("torch") else whole
+    heard = processor(audio=[tone, whole], sampling_rate=16000)["input_values"]
+    torch.testing.assert_close(heard[1], heard[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("parts", [{"vision"}, {"text"}, {"audio"}, {"vision", "text"}, {"vision", "text", "audio"}])
