@@ -279,8 +279,8 @@ class CrossModalProcessor(ProcessorMixin):
                 a row has, a list of them for each row, of which so many are taken at even distances.
             text: strings, or conversations (lists of `{"role", "content"}`), whose oldest turns are left out where they are too
                 long. Where no modality is text and the model writes text: what it is to go on with ("": it begins).
-            audio: waveforms (samples,) from -1 to 1 or of 16- or 32-bit whole numbers, dicts with `array` and `sampling_rate`, or paths or bytes of sound files. Whatever their
-                rate is, they are resampled to that of the feature extractor.
+            audio: waveforms (samples,) from -1 to 1 or of 16- or 32-bit whole numbers, dicts with `array` and `sampling_rate`, or paths or
+                bytes of sound files. Whatever their rate is, they are resampled to that of the feature extractor.
             videos: lists of frames, each an image, or paths of video files, of which the `num_frames` that the modality says are
                 read, at even distances or from the middle. Where an encoder of images reads the frames, rows may have different
                 numbers; else they must have the same.
@@ -294,8 +294,8 @@ class CrossModalProcessor(ProcessorMixin):
             named: further modalities by name; points in any form that `read_points` takes (dicts of `coordinates`, `colors`, `features`,
                 `uv`, `segments`, arrays (N,F), `.ply` and `.npz` files); EEG as dicts of `array` (channels, samples) in microvolts and
                 `sampling_rate`; and feature sequences (T,...) as arrays, tensors, lists of them, or dicts of `array` and `mask` (T,),
-                which says what steps are real. Also `<name>_tokens`: tokens (T,W) or (h,w,W) of a frozen encoder (`model.base_model.encode_tokens`), a list with
-                one array per row, in place of the raw inputs of that modality.
+                which says what steps are real. Also `<name>_tokens`: tokens (T,W) or (h,w,W) of a frozen encoder
+                (`model.base_model.encode_tokens`), a list with one array per row, in place of the raw inputs of that modality.
 
         Returns:
             BatchFeature with the model's input keys, and `modality_mask (B,M)` bool if a row lacks a modality that

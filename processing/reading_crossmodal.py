@@ -95,7 +95,7 @@ def resample(wave, rate, wanted):
     if int(rate) == int(wanted):
         return wave
     scipy, shared = (
-        scipy_signal(f"a signal of {rate} Hz is resampled to the model's {wanted} Hz"),
+        scipy_signal(f"a signal of {rate:g} Hz is resampled to the model's {wanted} Hz"),
         math.gcd(int(rate), int(wanted)),
     )
     return scipy.resample_poly(wave, int(wanted) // shared, int(rate) // shared).astype(np.float32)
