@@ -73,22 +73,6 @@ class ModalityFeatures:
             self.present,
         )
 
-    def ends(self):
-        """Number of tokens of each row up to its last real one: (P,)."""
-        if self.mask is None:
-            return torch.full((len(self),), self.levels[0].shape[1], device=self.embeddings.device)
-        places = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
-        return self.spread((self.mask * places).amax(dim=1).clamp(min=1))
-
-    def part(self, rows):
-        """The features of `rows` (P,), without inputs that none of them takes and without what is padding in all of them."""
-        part = self.at(rows, None if self.present is None else self.present[rows]).in_use()
-        if part.mask is None:
-            return part
-        length = int(part.ends().max())
-        levels = [level[:, :length] for level in part.levels]
-        return replace(part, levels=levels, tokens=None, mask=part.mask[:, :length])
-
     def spread(self, values):
         return EncodedModality([], index=self.index, present=self.present).spread(values)
 
@@ -132,27 +116,6 @@ class ModalityFeatures:
         return there[0].like(
             tensors, None if mask.all() else mask, torch.cat(index), None if present.all() else present
         )
-
-
-def rows_by_length(features, names):
-    """Rows of {modality: ModalityFeatures} in groups [(P_1,), (P_2,), ...] of like length: padded to the longest of their group they are
-    much fewer tokens than padded to the longest of all. None where they are not, or where rows are few.
-
-    names: modalities whose tokens are computed row by row.
-    """
-    ends = [item.ends() for name, item in features.items() if name in names]
-    count = len(next(iter(features.values())))
-    parts = min(_GROUPS, count // _ROWS_OF_A_GROUP)
-    if parts < 2 or not ends:
-        return None
-    ends = torch.stack(ends, dim=1)
-    groups = ends.sum(dim=1).argsort().chunk(parts)
-    apart = sum(len(rows) * ends[rows].amax(dim=0).sum() for rows in groups)
-    return groups if apart < 0.8 * count * ends.amax(dim=0).sum() else None
-
-
-# What the groups share (keys and values of an image, say) is projected once for each.
-_GROUPS, _ROWS_OF_A_GROUP = 4, 64
 
 
 def _padded(values, length):

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .adapters_crossmodal import check_adapter
+from .attention_crossmodal import Dropout
 from .card_crossmodal import UNFILLED, plain_card
 from .composing_crossmodal import load_encoder
 from .configuration_crossmodal import CrossModalConfig, nearest_first
@@ -41,6 +42,7 @@ from .encoders_crossmodal import (
     unpack_tokens,
 )
 from .fusion_crossmodal import FUSIONS, StaticGate
+from .grouping_crossmodal import alike_rows, of_rows
 from .kernels_crossmodal import initialise_kernel
 from .pooling_crossmodal import ModalityWeighting, PooledShortcut, TokenPooling, masked_mean
 
@@ -91,7 +93,7 @@ class ModalityProjection(nn.Module):
         # Depths of an encoder differ in scale by orders of magnitude: each is normalised before it is projected.
         self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for width in widths])
         self.projections = nn.ModuleList([nn.Linear(width, config.hidden_size) for width in widths])
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, encoded, modality_type):
         """encoded: EncodedModality, modality_type (D,). Returns a list of (B,T,D), one per level."""
@@ -682,8 +684,33 @@ class CrossModalModel(CrossModalPreTrainedModel):
         fused_levels, fused_masks = levels, masks
         if self.config.missing_tokens:
             fused_levels, fused_masks, shared = self._stand_in(levels, masks, presence, shared)
-        tokens, attentions, shared = self.fusion(fused_levels, fused_masks, shared, output_attentions)
-        tokens = {name: tokens[name] for name in levels}
+        # Processes call each module equally often, a graph has one shape, and maps of all rows are of one size.
+        whole = return_tokens or output_attentions or is_distributed() or torch.compiler.is_compiling()
+        looking = self.config.fusion_queries or self.config.modality_names
+        groups = None if whole else alike_rows(fused_levels, fused_masks, shared, looking)
+        if groups is None:
+            tokens, pooled, attentions, shared = self._fuse_and_pool(
+                fused_levels, fused_masks, shared, list(levels), output_attentions
+            )
+        else:
+            tokens, pooled, attentions = {}, self._pool_in_groups(groups, fused_levels, fused_masks, shared, levels), ()
+        if beside is not None:
+            pooled = {name: vector + beside[name] for name, vector in pooled.items()}
+        embeddings = self._by_modality(pooled)
+        weights, log_variances = self.weighting(embeddings, presence, task_ids)
+        fused = 0
+        for index, name in enumerate(self.config.modality_names):
+            if name in levels:
+                fused = fused + weights[:, index, None] * self.outputs[name](embeddings[:, index])
+        if return_tokens:
+            tokens = {n: shared[n].spread(stream) if n in shared else stream for n, stream in tokens.items()}
+        return tokens if return_tokens else None, embeddings, weights, log_variances, fused, attentions
+
+    def _fuse_and_pool(self, levels, masks, shared, names, output_attentions=False):
+        """Tokens {modality: (B,T_m,D)} of `names`, or (U,T_m,D) of what is still shared, their pooled vectors {modality: (B,D)},
+        attentions, and what is still shared."""
+        tokens, attentions, shared = self.fusion(levels, masks, shared, output_attentions)
+        tokens = {name: tokens[name] for name in names if name in tokens}
         # What rows share to the end is pooled once for all of them.
         pooled = {
             name: shared[name].spread(self.poolings[name](stream, shared[name].mask))
@@ -691,17 +718,21 @@ class CrossModalModel(CrossModalPreTrainedModel):
             else self.poolings[name](stream, masks[name])
             for name, stream in tokens.items()
         }
-        if beside is not None:
-            pooled = {name: vector + beside[name] for name, vector in pooled.items()}
-        embeddings = self._by_modality(pooled)
-        weights, log_variances = self.weighting(embeddings, presence, task_ids)
-        fused = 0
-        for index, name in enumerate(self.config.modality_names):
-            if name in tokens:
-                fused = fused + weights[:, index, None] * self.outputs[name](embeddings[:, index])
-        if return_tokens:
-            tokens = {n: shared[n].spread(stream) if n in shared else stream for n, stream in tokens.items()}
-        return tokens if return_tokens else None, embeddings, weights, log_variances, fused, attentions
+        return tokens, pooled, attentions, shared
+
+    def _pool_in_groups(self, groups, levels, masks, shared, names):
+        """Pooled vectors {modality: (B,D)} of `names`, of rows that are fused in groups; 0 of those that lack the modality."""
+        rows, pooled = sum(map(len, groups)), {}
+        parts = [(group, *of_rows(group, levels, masks, shared)) for group in groups]
+        found = [(group, self._fuse_and_pool(*own, names)[1]) for group, *own in parts if own[0]]
+        for name in names:
+            places = [group for group, own in found if name in own]
+            if not places:
+                pooled[name] = levels[name][0].new_zeros(rows, self.config.hidden_size)
+                continue
+            vectors = torch.cat([own[name] for _, own in found if name in own])
+            pooled[name] = vectors.new_zeros(rows, vectors.shape[1]).index_copy(0, torch.cat(places), vectors)
+        return pooled
 
     def _by_modality(self, vectors):
         """{modality: (B,D)} of those present to (B,M,D), 0 for the absent."""

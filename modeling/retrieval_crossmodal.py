@@ -32,7 +32,7 @@ from .contrastive_crossmodal import (
     similarities_of,
 )
 from .encoders_crossmodal import EncodedModality
-from .features_crossmodal import ComparedRows, ModalityFeatures, rows_by_length
+from .features_crossmodal import ComparedRows, ModalityFeatures
 from .heads_crossmodal import ClassificationHead
 from .modeling_crossmodal import CrossModalModel, CrossModalPreTrainedModel, all_alike
 from .pooling_crossmodal import PooledShortcut, TokenPooling
@@ -277,21 +277,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         if presence is None:
             some = next(iter(features.values())).embeddings
             presence = torch.tensor([name in features for name in names], device=some.device).expand(rows, -1)
-        # Processes that train together call each module equally often; a graph has one shape.
-        whole = output_attentions or self.crossmodal._runs_all_modalities() or torch.compiler.is_compiling()
-        groups = None if whole else rows_by_length(features, self.config.fusion_queries or names)
-        if groups is None:
-            return self._match(features, presence, output_attentions)
-        parts = [
-            self._match({name: item.part(rows) for name, item in features.items()}, presence[rows]) for rows in groups
-        ]
-        logits, weights, attentions = zip(*parts, strict=True)
-        place = torch.cat(groups).argsort()
-        return torch.cat(logits)[place], torch.cat(weights)[place], attentions[0]
-
-    def _match(self, features, presence, output_attentions=False):
-        base, names = self.crossmodal, self.config.modality_names
-        levels, masks, shared = {}, {}, {}
+        base, levels, masks, shared = self.crossmodal, {}, {}, {}
         for name, item in features.items():
             own = EncodedModality([], mask=item.mask, index=item.index, present=item.present)
             levels[name], masks[name] = item.levels, own.mask

@@ -4,7 +4,6 @@ import pytest
 import torch
 import zoo
 from crossmodal.modeling import retrieval_crossmodal
-from crossmodal.modeling.features_crossmodal import rows_by_length
 from test_modeling import CLOSE, lively
 
 from crossmodal import CrossModalForRetrieval
@@ -91,22 +90,19 @@ def test_pairs_in_groups_of_like_length_score_as_all_at_once(monkeypatch, fusion
     images, texts = torch.randint(8, (2, 300))
     # Texts that are not there: the image alone is scored.
     there = torch.stack([torch.ones(300), torch.rand(300) < 0.9], dim=1).bool()
-    found = {}
-    for name in ("groups", "whole"):
+
+    def found():
         features, _ = model.features(batch)
         pairs = {"vision": features["vision"].at(images), "text": features["text"].at(texts, there[:, 1])}
-        groups = rows_by_length(pairs, ["text"])
-        assert len(groups) == 4 and torch.cat(groups).sort().values.equal(torch.arange(300))
-        if name == "whole":
-            monkeypatch.setattr(retrieval_crossmodal, "rows_by_length", lambda *_: None)
         logits, weights, _ = model.match(pairs, there)
         model.zero_grad()
         (logits * torch.linspace(-1, 1, 300)).sum().backward()
-        found[name] = logits, weights, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    torch.testing.assert_close(found["groups"][:2], found["whole"][:2], **CLOSE)
+        return logits, weights, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    apart, whole = zoo.with_and_without_groups(monkeypatch, found)
+    torch.testing.assert_close(apart[:2], whole[:2], **CLOSE)
     # Sums over 300 pairs, in another order.
-    torch.testing.assert_close(found["groups"][2], found["whole"][2], atol=2e-4, rtol=1e-3)
-    assert rows_by_length({name: item.at(torch.arange(100)) for name, item in pairs.items()}, ["text"]) is None
+    torch.testing.assert_close(apart[2], whole[2], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("contrastive_loss", ["info_nce", "sigmoid", "triplet"])

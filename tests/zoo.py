@@ -140,3 +140,22 @@ def tiny_batch(config, batch_size=4, seed=0):
             batch[mask] = torch.ones(batch[values].shape[:2], dtype=torch.long)
             batch[mask][::2, -2:] = 0
     return batch
+
+
+def with_and_without_groups(monkeypatch, run):
+    """What `run()` returns where rows that are alike are fused apart, however little that saves, and where all are fused at once."""
+    from crossmodal.modeling import grouping_crossmodal, modeling_crossmodal
+
+    groups, alike_rows = [], modeling_crossmodal.alike_rows
+
+    def counted(*args):
+        groups.append(alike_rows(*args))
+        return groups[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grouping_crossmodal, "_GROUP_COST", {"cpu": 1})
+        patch.setattr(modeling_crossmodal, "alike_rows", counted)
+        apart = run()
+        assert groups and all(found is not None and len(found) > 1 for found in groups)
+        patch.setattr(modeling_crossmodal, "alike_rows", lambda *_: None)
+        return apart, run()
