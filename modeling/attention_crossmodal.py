@@ -4,10 +4,26 @@ Letters: B batch, Tq query tokens, Tk key tokens, D hidden_size, h heads, d head
 Shipped to the Hub beside the weights: imports only torch, transformers and sibling files.
 """
 
+import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from .kernels_crossmodal import KERNELS
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, several times as fast on a processor, where drawing one number after another is a fifth of a step of training.
+
+    Four numbers of 16 bits come from each of the generator's: p counts in steps of 2^-16, and what is kept is scaled by what p is then.
+    """
+
+    def forward(self, tokens):
+        if not self.training or not 0 < self.p < 1 or tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(tokens)
+        gone, count = min(round(self.p * 2**16), 2**16 - 1), tokens.numel()
+        draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = draws[:count].view(tokens.shape) >= gone - 2**15
+        return tokens * kept.to(tokens.dtype).mul_(2**16 / (2**16 - gone))
 
 
 class Attention(nn.Module):
@@ -112,7 +128,7 @@ class SelfAttentionBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = MultiHeadAttention(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, tokens, mask=None, output_attentions=False):
         """tokens (B,T,D), mask (B,T). Returns the new tokens, and the weights (B,h,T,T) when asked, else None."""
@@ -129,7 +145,7 @@ class FeedForwardBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, tokens):
         return tokens + self.dropout(self.feed_forward(self.norm(tokens)))

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_crossmodal import FeedForwardBlock
+from .attention_crossmodal import Dropout, FeedForwardBlock
 from .fusion_crossmodal import StaticGate
 from .kernels_crossmodal import eager_attention_forward
 
@@ -112,7 +112,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.cross_attention = MemoryAttention(config, layer, memory_size)
         self.gate = StaticGate(config) if config.gated_cross_attention else None
         self.mlp = FeedForwardBlock(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, hidden, memory, memory_mask, mask, causal, past=None, output_attentions=False):
         update, own = self.self_attention(self.self_norm(hidden), mask, causal, past, output_attentions)
@@ -133,7 +133,7 @@ class TransformerDecoder(nn.Module):
             [DecoderLayer(config, layer, memory_size) for layer in range(config.num_hidden_layers)]
         )
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, embeds, memory, memory_mask, mask, past, output_attentions=False):
         start = past.get_seq_length() if past is not None else 0
@@ -185,7 +185,7 @@ class RecurrentDecoder(nn.Module):
         self.cross_attention = MemoryAttention(config, 0, memory_size)
         self.mlp = FeedForwardBlock(config)
         self.final_norm = nn.LayerNorm(width, eps=eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, embeds, memory, memory_mask, mask, past, output_attentions=False):
         # A number of its own: that of a static cache grows while the layers are filled.

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_crossmodal import FeedForwardBlock, MultiHeadAttention, MutualAttention, SelfAttentionBlock
+from .attention_crossmodal import Dropout, FeedForwardBlock, MultiHeadAttention, MutualAttention, SelfAttentionBlock
 
 
 class ContentGate(nn.Module):
@@ -103,7 +103,7 @@ class CrossFusionLayer(GradientCheckpointingLayer):
             {name: MultiHeadAttention(config, name in looking, name in looked_at) for name in self.cross_norm}
         )
         self.gate = nn.ModuleDict({name: GATE_CLASSES[config.gate](config) for name in looking})
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.looked_at = looked_at
 
     def meets(self, name):
@@ -373,7 +373,7 @@ class ResampleLayer(GradientCheckpointingLayer):
         self.read = nn.ModuleDict({name: MultiHeadAttention(config, as_key=False) for name in names})
         self.gate = nn.ModuleDict({name: GATE_CLASSES[config.gate](config) for name in names})
         self.mlp = nn.ModuleDict({name: FeedForwardBlock(config) for name in names})
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, tokens, latents, masks, output_attentions=False):
         """As `ExchangeLayer`."""

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .attention_crossmodal import FeedForwardBlock, MultiHeadAttention, SelfAttentionBlock
+from .attention_crossmodal import Dropout, FeedForwardBlock, MultiHeadAttention, SelfAttentionBlock
 from .losses_crossmodal import (
     activation_loss_2d,
     activation_loss_3d,
@@ -99,7 +99,7 @@ class InterlacedDecoderLayer(GradientCheckpointingLayer):
         self.query_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.key_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.cross_attn = MultiHeadAttention(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.mlp = FeedForwardBlock(config)
 
     def forward(self, stream, mask, other, other_mask, num_classes, output_scores=False):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import zoo
-from crossmodal.modeling.attention_crossmodal import MultiHeadAttention
+from crossmodal.modeling.attention_crossmodal import Dropout, MultiHeadAttention
 from torch import nn
 
 
@@ -120,3 +120,26 @@ def test_bfloat16_stays_close_to_float32(implementation):
     rounded = attend(module, query.bfloat16(), keys.bfloat16())[0]
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.75])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_that_of_torch_in_all_but_its_draws(p, dtype):
+    torch.manual_seed(0)
+    dropout, tokens = Dropout(p), torch.ones(101, 7, 131, dtype=dtype, requires_grad=True)
+    dropped = dropout(tokens)
+    dropped.sum().backward()
+    assert dropped.dtype == dtype and tokens.grad.equal(dropped)
+    dropped = dropped.detach()
+    kept = (dropped != 0).double()
+    assert dropped.max().item() == pytest.approx(1 / (1 - p), rel=1e-2 if dtype == torch.bfloat16 else 1e-4)
+    # Five deviations of a mean of independent draws, over all and over each channel; and neighbours know nothing of each other.
+    assert kept.mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / kept.numel()) ** 0.5)
+    assert (kept.mean((0, 1)) - (1 - p)).abs().max() < 5 * (p * (1 - p) / 707) ** 0.5
+    flat = (kept - kept.mean()).flatten()
+    for step in (1, 2, 3, 4, 131):
+        assert (flat[step:] * flat[:-step]).mean().abs() < 5 * p * (1 - p) / flat.numel() ** 0.5
+    torch.manual_seed(0)
+    assert dropout(tokens).equal(dropped) and not dropout(tokens).equal(dropped)
+    assert dropout.eval()(tokens) is tokens and Dropout(0.0)(tokens).equal(tokens) and not Dropout(1.0)(tokens).any()
+    assert Dropout(0.9999999)(tokens).isfinite().all() and Dropout(p)(tokens[:0]).shape == (0, 7, 131)
