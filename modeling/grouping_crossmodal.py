@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+
 # What a group costs beside its tokens, in tokens (of a processor: calls of small matrix products are cheap there, and costly to a GPU).
 _GROUP_COST = {"cpu": 128}
 _GROUP_COST_ELSEWHERE = 4096
@@ -34,9 +35,7 @@ def alike_rows(levels, masks, shared, looking):
         for name, depths in levels.items()
         if name not in looking and name in shared and shared[name].index is not None and len(depths[0]) < rows
     }
-    whole = sum(
-        length * (len(levels[name][0]) if name in distinct else rows) for name, length in lengths.items()
-    )
+    whole = sum(length * (len(levels[name][0]) if name in distinct else rows) for name, length in lengths.items())
     # To ask a GPU for numbers waits for all that it was told before.
     if whole < each / (1 - _WORTH_IT):
         return None

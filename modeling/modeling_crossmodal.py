@@ -693,7 +693,11 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 fused_levels, fused_masks, shared, list(levels), output_attentions
             )
         else:
-            tokens, pooled, attentions = {}, self._pool_in_groups(groups, fused_levels, fused_masks, shared, levels), ()
+            tokens, pooled, attentions = (
+                {},
+                self._pool_in_groups(groups, fused_levels, fused_masks, shared, levels),
+                (),
+            )
         if beside is not None:
             pooled = {name: vector + beside[name] for name, vector in pooled.items()}
         embeddings = self._by_modality(pooled)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import zoo
-from crossmodal.modeling import retrieval_crossmodal
 from test_modeling import CLOSE, lively
 
 from crossmodal import CrossModalForRetrieval
