@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from crossmodal.training.index import CrossModalIndex
+from crossmodal.training.index import CrossModalIndex, nearest_by_product
 from test_retrieval_evaluation import pair_rows, trained  # noqa: F401
 
 
@@ -267,3 +267,13 @@ def test_a_picture_whose_file_changed_is_another_one(world, tmp_path):
     assert index.add("vision", [str(path)]) == 1 and index.add("vision", [path.read_bytes()]) == 0
     images[1].save(path)
     assert index.add("vision", [str(path)]) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 300])
+def test_the_nearest_of_few_queries_and_of_many_are_those_of_a_plain_product(count):
+    generator = torch.Generator().manual_seed(0)
+    queries, vectors = torch.randn(count, 16, generator=generator), torch.randn(500, 16, generator=generator)
+    scores, rows = nearest_by_product(queries, vectors, 7)
+    expected = (queries.double() @ vectors.double().T).topk(7, dim=1)
+    assert rows.equal(expected.indices)
+    torch.testing.assert_close(scores, expected.values.float(), rtol=1e-5, atol=1e-5)
