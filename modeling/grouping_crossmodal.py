@@ -15,6 +15,8 @@ _GROUP_COST = {"cpu": 128}
 _GROUP_COST_ELSEWHERE = 4096
 # In how many groups of like length rows with the same modalities are tried, and what must be saved for it.
 _PARTS, _WORTH_IT = (1, 2, 4), 0.85
+# What a token costs that is only looked at (keys and values of it are projected), in tokens that look.
+_LOOKED_AT = 0.2
 
 
 def alike_rows(levels, masks, shared, looking):
@@ -35,7 +37,9 @@ def alike_rows(levels, masks, shared, looking):
         for name, depths in levels.items()
         if name not in looking and name in shared and shared[name].index is not None and len(depths[0]) < rows
     }
-    whole = sum(length * (len(levels[name][0]) if name in distinct else rows) for name, length in lengths.items())
+    whole = sum(
+        length * (_LOOKED_AT * len(levels[name][0]) if name in distinct else rows) for name, length in lengths.items()
+    )
     # To ask a GPU for numbers waits for all that it was told before.
     if whole < each / (1 - _WORTH_IT):
         return None
@@ -48,7 +52,7 @@ def alike_rows(levels, masks, shared, looking):
     def cost(group):
         longest = ends[group].amax(dim=0).tolist()
         return each + sum(
-            length * (len(distinct[name][group].unique()) if name in distinct else len(group))
+            length * (_LOOKED_AT * len(distinct[name][group].unique()) if name in distinct else len(group))
             for name, length in zip(levels, longest, strict=True)
         )
 
