@@ -362,7 +362,10 @@ class CrossModalConfig(PreTrainedConfig):
             vectors of both, added to that of the embeddings with the weight `matching_alpha`, with triplets: MMCA), or
             `"ranking"` (what it adds to the similarity of the embeddings, learnt so that a pair comes before
             `matching_negatives` others that look alike).
+        matching_hardness: negatives are drawn by how alike embeddings say that they are (1), or less so, down to by chance (0).
         rank_weight: of what cross-attention says, beside the embeddings, when candidates are ranked.
+        query_bank_size: embeddings of so many training rows are kept of each modality, and when candidates are ranked, what an input
+            is like to all of them is taken from its scores, times `query_bank_weight`: some inputs are near to everything.
         alignment: how tokens of two rows are compared: `"recovery"` (each from what it sees in the other row: SCAN, GLoRIA) or
             `"late_interaction"` (each with its nearest: FILIP).
         contrastive_weight, matching_weight, alignment_weight, cross_weight: of the four losses of retrieval; 0 leaves one
@@ -460,7 +463,10 @@ class CrossModalConfig(PreTrainedConfig):
     logit_scale_init_value: float | int = 2.6592
     matching: str = "classifier"
     matching_alpha: float | int = 0.1
+    matching_hardness: float | int = 1.0
     rank_weight: float | int = 1.0
+    query_bank_size: int = 0
+    query_bank_weight: float | int = 0.5
     matching_negatives: int = 4
     alignment: str = "recovery"
     contrastive_weight: float | int = 1.0
@@ -748,6 +754,9 @@ class CrossModalConfig(PreTrainedConfig):
         ):  # fmt: skip
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}. Expected at least 1.")
+        for key in ("matching_hardness", "query_bank_size", "query_bank_weight"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)}. Expected 0 or more.")
         if self.contrastive_chunk_size is not None and (
             self.contrastive_chunk_size < 1 or self.contrastive_loss != "info_nce"
         ):

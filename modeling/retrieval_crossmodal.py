@@ -160,6 +160,46 @@ class TokenRecovery(nn.Module):
         return self.temperature() * scores
 
 
+class QueryBank(nn.Module):
+    """Embeddings of training rows, by which it is known how near an input is to everything: Querybank Normalisation (Bogolin et al. 2022,
+    arXiv 2112.12777), of candidates that come first for many queries.
+
+        h_m(x) = log mean over rows j of the bank exp(s <x, y_j>), y_j of the other modality,   0 where the bank is empty
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        shape = config.query_bank_size, config.projection_dim
+        for name in config.modality_names:
+            self.register_buffer(self._key(name), torch.empty(shape))
+        # Zeros are as near to everything as to nothing.
+        self.initial_values = dict.fromkeys(map(self._key, config.modality_names), 0.0)
+
+    @staticmethod
+    def _key(name):
+        return f"{name}_embeddings"
+
+    @torch.no_grad()
+    def fill(self, embeddings):
+        """Takes embeddings {modality: (N,E)} of any number of rows; too few of them stand there several times."""
+        for name, rows in embeddings.items():
+            own = getattr(self, self._key(name))
+            own.copy_(rows[torch.arange(len(own), device=rows.device) % len(rows)])
+
+    def nearness(self, embeddings, other, scale):
+        """h (P,) of embeddings (P,E) by the bank of modality `other`. scale: s."""
+        near = scale * embeddings.float() @ getattr(self, self._key(other)).float().T
+        return near.logsumexp(dim=1) - math.log(near.shape[1])
+
+    def forward(self, embeddings, scale):
+        """{modality: (P,E)} of rows to the sum of h of the two (P,), mean over pairs of modalities. scale: s."""
+        found = [
+            self.nearness(embeddings[one], other, scale) + self.nearness(embeddings[other], one, scale)
+            for one, other in combinations(embeddings, 2)
+        ]
+        return torch.stack(found).mean(dim=0)
+
+
 ALIGNMENT_CLASSES = {"recovery": TokenRecovery, "late_interaction": LateInteraction}
 
 
@@ -192,6 +232,8 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
             self.matching = nn.ModuleDict(
                 {name: nn.Linear(config.hidden_size, config.projection_dim) for name in config.modality_names}
             )
+        if config.query_bank_size:
+            self.query_bank = QueryBank(config)
         self.loss_names = [name for name in _WEIGHTS if getattr(config, f"{name}_weight")]
         if config.alignment_weight:
             self.alignment = ALIGNMENT_CLASSES[config.alignment](config)
@@ -209,6 +251,10 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         if config.pooled_features:
             raise ValueError(
                 "pooled_features=True is for heads that classify; embeddings of CrossModalForRetrieval have pooled_shortcut."
+            )
+        if config.query_bank_size and config.matching == "cosine":
+            raise ValueError(
+                f"query_bank_size={config.query_bank_size} corrects log odds, and matching='cosine' ranks by cosines. Set it to 0."
             )
 
     def _apply_freezing(self):
@@ -306,12 +352,17 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
 
     def rank(self, features, presence=None):
         """Scores (P,) by which candidates are ranked: what cross-attention says, times `rank_weight`, and what the embeddings say, which
-        are both log odds of belonging together, each if it was trained. Arguments as `match`."""
-        if not self.config.matching_weight:
-            return self._scaled(self.similarity(features))
+        are both log odds of belonging together, each if it was trained; less how near both are to everything, where there is a
+        `query_bank`. Arguments as `match`."""
+        config, beside = self.config, self._scaled(self.similarity(features))
+        if config.query_bank_size:
+            embeddings = {name: item.spread(item.embeddings) for name, item in features.items()}
+            beside = beside - config.query_bank_weight * self.query_bank(embeddings, self.logit_scale())
+        if not config.matching_weight:
+            return beside
         scores, _, _ = self.match(features, presence)
-        if self.config.matching != "cosine" and self.config.contrastive_weight:
-            scores = self.config.rank_weight * scores + self._scaled(self.similarity(features))
+        if config.matching != "cosine" and config.contrastive_weight:
+            scores = config.rank_weight * scores + beside
         return scores
 
     @can_return_tuple
@@ -572,7 +623,8 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         alike they are."""
         if self.config.matching == "cosine":
             return alike.masked_fill(wrong, -torch.inf).argmax(dim=1, keepdim=True), ~wrong.all(dim=1, keepdim=True)
-        return draw_negatives(alike, wrong, self.config.matching_negatives if self.config.matching == "ranking" else 1)
+        count = self.config.matching_negatives if self.config.matching == "ranking" else 1
+        return draw_negatives(self.config.matching_hardness * alike, wrong, count)
 
     def _tokens_of(self, batch, pair, rows):
         """{modality: tokens (P,T,D), mask (P,T) or None} of rows (P,) that have both modalities of a pair."""

@@ -1,9 +1,12 @@
 """`CrossModalForRetrieval`: embeddings and ranking of one model, their losses, and any pattern of absence."""
 
+import math
+
 import pytest
 import torch
 import zoo
 from test_modeling import CLOSE, lively
+from torch import nn
 
 from crossmodal import CrossModalForRetrieval
 
@@ -317,3 +320,45 @@ def test_wrong_inputs_are_clear_errors():
         model.get_modality_features("vision", input_ids=batch["input_ids"])
     with pytest.raises(ValueError, match="contrastive_loss='infonce'.*'info_nce'"):
         zoo.tiny_config(contrastive_loss="infonce")
+
+
+def test_what_is_near_to_everything_is_taken_from_scores_by_the_query_bank():
+    model = model_of(query_bank_size=6, query_bank_weight=0.3, matching="ranking")
+    plain = model_of(matching="ranking")
+    with torch.no_grad():
+        model.query_bank.fill({name: torch.zeros(1, 8) for name in NAMES})
+    plain.load_state_dict(model.state_dict(), strict=False)
+    features, _ = model.features(zoo.tiny_batch(model.config))
+    pairs = {
+        "vision": features["vision"].at(torch.tensor([0, 0, 2])),
+        "text": features["text"].at(torch.tensor([1, 3, 2])),
+    }
+    # An empty bank changes nothing.
+    torch.testing.assert_close(model.rank(pairs), plain.rank(pairs), **CLOSE)
+    bank = {name: nn.functional.normalize(torch.randn(4, 8), dim=-1) for name in NAMES}
+    model.query_bank.fill(bank)
+    scale = model.logit_scale.scale.exp()
+    expected = plain.rank(pairs)
+    for name, other in (NAMES, NAMES[::-1]):
+        own = pairs[name].spread(pairs[name].embeddings)
+        # Four rows fill six places: the first two count twice.
+        alike = torch.cat([own @ bank[other].T, own @ bank[other][:2].T], dim=1)
+        expected = expected - 0.3 * (scale * alike).exp().mean(dim=1).log()
+    torch.testing.assert_close(model.rank(pairs), expected, **CLOSE)
+    with pytest.raises(ValueError, match="query_bank_size=6 corrects log odds"):
+        model_of(query_bank_size=6, matching="cosine")
+    for key in ("query_bank_size", "query_bank_weight", "matching_hardness"):
+        with pytest.raises(ValueError, match=f"{key}=-1. Expected 0 or more"):
+            model_of(**{key: -1})
+
+
+@pytest.mark.parametrize("hardness", [0.0, 1.0])
+def test_negatives_are_drawn_by_chance_or_by_how_alike_they_are(hardness):
+    model = model_of(matching="ranking", matching_negatives=1, matching_hardness=hardness)
+    torch.manual_seed(0)
+    alike = torch.tensor([0.0, 4.0, 0.0, 0.0]).expand(2000, -1)
+    wrong = torch.tensor([True, False, False, False]).expand(2000, -1)
+    drawn, found = model._negatives(alike, wrong)
+    assert found.all()
+    share = (drawn == 1).float().mean().item()
+    assert share == pytest.approx(1 / 3 if hardness == 0 else math.exp(4) / (math.exp(4) + 2), abs=0.04)

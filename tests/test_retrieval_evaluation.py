@@ -29,6 +29,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from world import COLORS, TINY_RECIPE, picture, run_as_stranger
 
+from crossmodal import CrossModalForRetrieval, CrossModalProcessor
+
 
 @given(st.integers(0, 10**6))
 def test_ranks_and_precision_are_those_of_a_loop_with_ties_against_the_model(seed):
@@ -342,3 +344,30 @@ def test_a_run_standardises_what_embeddings_see_of_frozen_encoders(tmp_path):
     model = train(run, rows, rows.select(range(6)), write=lambda line: None, export=False)["model"]
     shortcuts = standardised_shortcuts(model)
     assert list(shortcuts) == ["vision"] and any(norm.shift.abs().sum() > 0 for norm in shortcuts["vision"].norms)
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision"]], ids=["raw", "cached"])
+def test_a_run_fills_the_query_bank_with_embeddings_of_training_rows_as_they_are(tmp_path, freeze):
+    run = recipe(tmp_path / "m", augment="mirror", token_cache=str(tmp_path / "tokens") if freeze else False)
+    run.model["freeze"], run.training["num_train_epochs"] = freeze, 1
+    run.model["config"] |= {"query_bank_size": 30, "query_bank_weight": 0.7}
+    rows = pair_rows(12, texts=1)
+    result = train(run, rows, rows.select(range(6)), write=lambda line: None)
+    model, processor = (kind.from_pretrained(tmp_path / "m") for kind in (CrossModalForRetrieval, CrossModalProcessor))
+    samples = RowDataset(rows, "retrieval")
+    for name, other in (("vision", "text"), ("text", "vision")):
+        own = features_of(model, processor, samples, name, progress=False).embeddings
+        bank = getattr(model.query_bank, f"{name}_embeddings")
+        # All 12 rows, and nothing else, in its 30 places.
+        same = bank @ own.T > 1 - 1e-5
+        assert len(bank) == 30 and same.any(dim=0).all() and same.any(dim=1).all()
+        with torch.no_grad():
+            near = model.query_bank.nearness(own, other, model.logit_scale())
+        assert near.shape == (12,) and near.std() > 0
+    metrics = result["metrics"]
+    assert {"corrected_mean_r1", "contrastive_mean_r1", "mean_r1"} <= metrics.keys()
+    again = evaluate_two_stages(model, processor, RowDataset(rows.select(range(6)), "retrieval"), progress=False)
+    assert again["corrected_mean_r1"] == metrics["corrected_mean_r1"] and again["mean_r1"] == metrics["mean_r1"]
+    model.config.query_bank_weight = 0.0
+    without = evaluate_two_stages(model, processor, RowDataset(rows.select(range(6)), "retrieval"), progress=False)
+    assert without["corrected_mean_r1"] == without["contrastive_mean_r1"] == again["contrastive_mean_r1"]

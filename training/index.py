@@ -47,6 +47,8 @@ _NOT_OF_FEATURES = (
     "id2label",
     "label2id",
     "rank_weight",
+    "query_bank_weight",
+    "matching_hardness",
     "contrastive_weight",
     "matching_weight",
     "alignment_weight",

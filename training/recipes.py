@@ -360,6 +360,7 @@ _OF_HEADS = (
     "matching",
     "pooled_shortcut",
     "projection_dim",
+    "query_bank",
     "rank_weight",
     "triplet_margin",
 )

@@ -219,8 +219,8 @@ def evaluate_two_stages(
     whose cross-attention was not (`matching_weight=0`) none.
 
     Returns:
-        metrics (see `score_directions`) of the two stages together; with `contrastive_` before them of the embeddings alone,
-        with `full_` of all pairs.
+        metrics (see `score_directions`) of the two stages together; with `contrastive_` before them of the embeddings alone, with
+        `corrected_` of those less how near each candidate is to everything (`query_bank_size`), with `full_` of all pairs.
     """
     names, letters = direction_names(model.config)
     targets = samples.targets
@@ -270,9 +270,19 @@ def evaluate_two_stages(
         every = every.view(len(queries), len(candidates))
         return every.masked_fill(near(queries, candidates, swap).isinf(), -torch.inf)
 
-    stages = {"contrastive_": near} | ({"": again} if rerank else {}) | ({"full_": all_pairs} if full else {})
+    @torch.no_grad()
+    def corrected(queries, candidates, swap):
+        scale, other = model.logit_scale().cpu(), names[::-1] if swap else names
+        embeddings = stores[other[1]].embeddings[candidates].to(model.device)
+        nearness = model.query_bank.nearness(embeddings, other[0], model.logit_scale()).cpu()
+        return scale * near(queries, candidates, swap) - model.config.query_bank_weight * nearness
+
+    stages = {"contrastive_": near}
+    if model.config.query_bank_size and model.config.contrastive_weight:
+        stages["corrected_"] = corrected
+    stages |= ({"": again} if rerank else {}) | ({"full_": all_pairs} if full else {})
     found, (forth, back) = {}, ("2".join(letters), "2".join(letters[::-1]))
-    with tqdm(desc="rank again", unit="pair", disable=not progress or len(stages) == 1, leave=False) as bar:
+    with tqdm(desc="rank again", unit="pair", disable=not progress or not (rerank or full), leave=False) as bar:
         for prefix, score in stages.items():
             metrics = score_directions(score, right, sizes, letters, folds)
             found |= {f"{prefix}{key}": value for key, value in metrics.items()}
@@ -280,6 +290,29 @@ def evaluate_two_stages(
     if not rerank:
         found |= {key.removeprefix("contrastive_"): value for key, value in found.items() if "contrastive_" in key}
     return found
+
+
+@torch.inference_mode()
+def fill_query_bank(model, processor, samples, batch_size=64, progress=True):
+    """Puts the embeddings of rows of the training split into the `query_bank` of a trained model: as many, drawn at random, as it holds.
+
+    Args:
+        samples: RowDataset of the task "retrieval", without augmentation. A row that lacks a modality counts for the others.
+
+    Returns:
+        how many rows were taken: 0 of a model without a bank, or whose embeddings were not trained.
+    """
+    if not (model.config.query_bank_size and model.config.contrastive_weight):
+        return 0
+    generator, was_training = torch.Generator().manual_seed(0), model.training
+    rows = torch.randperm(len(samples), generator=generator)[: model.config.query_bank_size].tolist()
+    found = {}
+    for name in model.config.modality_names:
+        store = features_of(model, processor, samples, name, rows, batch_size, progress=progress)
+        found[name] = store.embeddings if store.absent is None else store.embeddings[~store.absent]
+    model.query_bank.fill({name: embeddings for name, embeddings in found.items() if len(embeddings)})
+    model.train(was_training)
+    return len(rows)
 
 
 def score_embeddings(first, second, targets):

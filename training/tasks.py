@@ -135,14 +135,19 @@ class RetrievalTask(OpenTask):
 
     @staticmethod
     def table(name, metrics):
-        rows = {f"{name}, two stages": "", f"{name}, embeddings": "contrastive_", f"{name}, all pairs": "full_"}
+        rows = {
+            "two stages": "",
+            "embeddings": "contrastive_",
+            "embeddings corrected": "corrected_",
+            "all pairs": "full_",
+        }
         short = ("mean_r1", "_r1", "_r5", "_r10", "_medr", "_10way")
         table = {}
         for label, prefix in rows.items():
             own = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
             own = {k: v for k, v in own.items() if k.endswith(short) and k.count("_") == 1}
             if own:
-                table[label] = own
+                table[f"{name}, {label}"] = own
         return table
 
     def score_outputs(self, outputs, targets):

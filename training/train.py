@@ -23,6 +23,7 @@ from .points import labels_table, pseudo_labelled, second_stage
 from .processes import alone_in, begin, is_main, on_main
 from .publish import export_folder, remove_unfinished
 from .recipes import Recipe
+from .retrieval import fill_query_bank
 from .statistics import standardised_shortcuts, take_statistics
 from .streaming import STATISTICS_ROWS, StreamedRows, read_whole, steps_instead_of_epochs
 from .task import OpenTask
@@ -161,6 +162,10 @@ def _train(recipe, train_rows, eval_rows, fresh, write, export, warm_up_folder, 
     if recipe.lora:
         # In four bits the model that was trained is a copy.
         _merge(recipe, trainer, processor, whole if recipe.lora.get("bits") else None, adapter)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(trained, "query_bank"):
+        some = train_dataset.first(STATISTICS_ROWS, recipe.seed) if streams else datasets["training"].unaugmented()
+        fill_query_bank(trained, processor, some, progress=False)
     metrics, outputs = score(trainer, task, datasets["evaluation"], processor)
     baselines = (
         _compare(recipe, variants, train_rows, None if measured_on_held_out else eval_rows, output, write)
