@@ -693,11 +693,12 @@ class CrossModalModel(CrossModalPreTrainedModel):
                 fused_levels, fused_masks, shared, list(levels), output_attentions
             )
         else:
-            tokens, pooled, attentions = (
-                {},
-                self._pool_in_groups(groups, fused_levels, fused_masks, shared, levels),
-                (),
-            )
+            tokens, attentions = {}, ()
+            pooled = self._pool_in_groups(groups, fused_levels, fused_masks, shared, levels)
+        if self.config.missing_tokens:
+            # A token that stands in is there for others to look at, and says nothing by itself.
+            there = dict(zip(self.config.modality_names, presence.unbind(1), strict=True))
+            pooled = {name: vector.masked_fill(~there[name][:, None], 0.0) for name, vector in pooled.items()}
         if beside is not None:
             pooled = {name: vector + beside[name] for name, vector in pooled.items()}
         embeddings = self._by_modality(pooled)

@@ -61,6 +61,15 @@ def test_groups_give_the_outputs_and_gradients_of_the_whole_batch(monkeypatch, f
         torch.testing.assert_close(gradient, whole[2][name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("missing_tokens", [False, True], ids=["", "missing_tokens"])
+def test_of_a_modality_that_a_row_lacks_nothing_is_pooled(monkeypatch, missing_tokens):
+    model = model_of(missing_tokens=missing_tokens).eval().crossmodal
+    batch, presence = ragged_batch(model.config)
+    run = lambda: model(**batch, modality_mask=presence, return_tokens=False).modality_embeddings  # noqa: E731
+    for found in zoo.with_and_without_groups(monkeypatch, run):
+        assert not found[~presence].any() and found[presence].any(dim=1).all()
+
+
 @pytest.mark.parametrize("kernel", ["window", "linear"])
 def test_kernels_for_long_inputs_do_not_mind_the_padding_that_groups_leave_out(monkeypatch, kernel):
     options = {"attention_kernel": kernel} | ({"attention_window": 2} if kernel == "window" else {})
