@@ -31,18 +31,19 @@ def alike_rows(levels, masks, shared, looking):
     each = _GROUP_COST.get(device.type, _GROUP_COST_ELSEWHERE)
     rows = next(len(mask) for mask in masks.values() if mask is not None)
     lengths = {name: depths[0].shape[1] for name, depths in levels.items()}
-    # The input of each row, of modalities whose tokens are computed once for all rows that share them.
-    distinct = {
-        name: shared[name].index.cpu()
+    # Modalities whose tokens are computed once for all rows that share them.
+    once = {
+        name
         for name, depths in levels.items()
         if name not in looking and name in shared and shared[name].index is not None and len(depths[0]) < rows
     }
     whole = sum(
-        length * (_LOOKED_AT * len(levels[name][0]) if name in distinct else rows) for name, length in lengths.items()
+        length * (_LOOKED_AT * len(levels[name][0]) if name in once else rows) for name, length in lengths.items()
     )
     # To ask a GPU for numbers waits for all that it was told before.
     if whole < each / (1 - _WORTH_IT):
         return None
+    inputs = {name: shared[name].index.cpu() for name in once}
     ends = torch.stack([_ends(masks[name], rows, length) for name, length in lengths.items()], dim=1)
     held = ((ends > 0) * 2 ** torch.arange(len(lengths))).sum(dim=1)
     order = ends.sum(dim=1).argsort()
@@ -52,7 +53,7 @@ def alike_rows(levels, masks, shared, looking):
     def cost(group):
         longest = ends[group].amax(dim=0).tolist()
         return each + sum(
-            length * (_LOOKED_AT * len(distinct[name][group].unique()) if name in distinct else len(group))
+            length * (_LOOKED_AT * len(inputs[name][group].unique()) if name in once else len(group))
             for name, length in zip(levels, longest, strict=True)
         )
 
