@@ -362,7 +362,8 @@ class CrossModalConfig(PreTrainedConfig):
             vectors of both, added to that of the embeddings with the weight `matching_alpha`, with triplets: MMCA), or
             `"ranking"` (what it adds to the similarity of the embeddings, learnt so that a pair comes before
             `matching_negatives` others that look alike).
-        matching_hardness: negatives are drawn by how alike embeddings say that they are (1), or less so, down to by chance (0).
+        matching_hardness: negatives are drawn by how alike embeddings say that they are, and by chance once a row's own pair is far
+            ahead of them (1); or less so, down to by chance alone (0).
         rank_weight: of what cross-attention says, beside the embeddings, when candidates are ranked.
         query_bank_size: embeddings of so many training rows are kept of each modality, and when candidates are ranked, what an input
             is like to all of them is taken from its scores, times `query_bank_weight`: some inputs are near to everything.

@@ -128,15 +128,15 @@ def draw_negatives(scores, positive, count=1, generator=None):
     arXiv 2107.07651; the small constant after X-VLM, arXiv 2111.08276), several without repetition (the largest of weights over
     exponential noise: Gumbel top-k, Kool et al. 2019, arXiv 1903.06059).
 
-    The softmax is over negatives alone: where a positive leads by far, it would leave all others to the constant, and so to chance.
+    The softmax is over positives too, as published: a row whose positives lead by more than the constant has negatives drawn by chance,
+    one that is undecided those that rival. Of rows long decided, what is left of the softmax are near duplicates, by which a ranker
+    learns less than by both (`retrieval_fashion`, in the README).
 
     scores (N,M), positive (N,M) bool. Returns indices (N,C), C = count or at most M, and which of them are negatives (N,C) bool: a
     row may have fewer, or none.
     """
     with torch.no_grad():
-        scores = scores.float()
-        weights = scores.masked_fill(positive, torch.finfo(scores.dtype).min).softmax(dim=1) + 1e-5
-        weights = weights.masked_fill(positive, 0.0)
+        weights = (scores.float().softmax(dim=1) + 1e-5).masked_fill(positive, 0.0)
         noise = torch.empty_like(weights).exponential_(generator=generator)
         drawn = (weights / noise).topk(min(count, weights.shape[1]), dim=1).indices
         return drawn, weights.gather(1, drawn) > 0

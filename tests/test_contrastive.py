@@ -110,13 +110,17 @@ def test_negatives_are_drawn_by_how_alike_they_are_and_never_among_positives():
 
 
 def test_several_negatives_are_drawn_once_each_and_never_among_positives():
-    scores = torch.tensor([[40.0, 2.0, 1.0, 0.0]]).repeat(3000, 1)
+    scores = torch.tensor([[9.0, 2.0, 1.0, 0.0]]).repeat(3000, 1)
     positive = torch.tensor([[True, False, False, False]]).repeat(3000, 1)
     drawn, found = C.draw_negatives(scores, positive, 2, torch.Generator().manual_seed(0))
     assert drawn.shape == (3000, 2) and found.all() and (drawn > 0).all() and (drawn[:, 0] != drawn[:, 1]).all()
-    # However far the positive leads.
     firsts = torch.bincount(drawn[:, 0], minlength=4)[1:] / 3000
-    torch.testing.assert_close(firsts, scores[0, 1:].softmax(0), rtol=0, atol=0.03)
+    weights = scores[0].softmax(0)[1:] + 1e-5
+    torch.testing.assert_close(firsts, weights / weights.sum(), rtol=0, atol=0.03)
+    # Where the positive leads by far, by chance.
+    scores[:, 0] = 40
+    drawn, _ = C.draw_negatives(scores, positive, 1, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.bincount(drawn[:, 0], minlength=4)[1:] / 3000, torch.full((3,), 1 / 3), rtol=0, atol=0.03)
     drawn, found = C.draw_negatives(scores[:1], positive[:1], 9)
     assert drawn.shape == (1, 4) and found.sum() == 3
 
