@@ -72,9 +72,12 @@ def _ends(mask, rows, length):
     return (mask * torch.arange(1, length + 1, device=mask.device)).amax(dim=1).cpu()
 
 
-def of_rows(group, levels, masks, shared):
+def of_rows(group, levels, masks, shared, least):
     """The arguments of a fusion operator for the rows of one of `alike_rows`: modalities that they have, tokens up to their last
-    real one, and of what rows share the distinct inputs that they take."""
+    real one, and of what rows share the distinct inputs that they take.
+
+    least: {modality: how many tokens are kept, real or not}, of those whose pooling looks at a certain place.
+    """
     own_levels, own_masks, own_shared = {}, {}, {}
     for name, depths in levels.items():
         mask, item = masks[name], shared.get(name)
@@ -84,6 +87,7 @@ def of_rows(group, levels, masks, shared):
             length = int(_ends(mask, len(group), length).max())
             if not length:
                 continue
+            length = max(length, least.get(name, 0))
             mask = mask[:, :length]
             mask = None if mask.all() else mask
         own_masks[name] = mask

@@ -728,7 +728,8 @@ class CrossModalModel(CrossModalPreTrainedModel):
     def _pool_in_groups(self, groups, levels, masks, shared, names):
         """Pooled vectors {modality: (B,D)} of `names`, of rows that are fused in groups; 0 of those that lack the modality."""
         rows, pooled = sum(map(len, groups)), {}
-        parts = [(group, *of_rows(group, levels, masks, shared)) for group in groups]
+        least = {name: pooling.own_place + 1 for name, pooling in self.poolings.items() if pooling.own_place}
+        parts = [(group, *of_rows(group, levels, masks, shared, least)) for group in groups]
         found = [(group, self._fuse_and_pool(*own, names)[1]) for group, *own in parts if own[0]]
         for name in names:
             places = [group for group, own in found if name in own]

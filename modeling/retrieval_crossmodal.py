@@ -188,15 +188,17 @@ class QueryBank(nn.Module):
 
     def nearness(self, embeddings, other, scale):
         """h (P,) of embeddings (P,E) by the bank of modality `other`. scale: s."""
-        near = scale * embeddings.float() @ getattr(self, self._key(other)).float().T
+        near = scale * similarities_of(embeddings.float(), getattr(self, self._key(other)).float())
         return near.logsumexp(dim=1) - math.log(near.shape[1])
 
     def forward(self, embeddings, scale):
-        """{modality: (P,E)} of rows to the sum of h of the two (P,), mean over pairs of modalities. scale: s."""
-        found = [
-            self.nearness(embeddings[one], other, scale) + self.nearness(embeddings[other], one, scale)
-            for one, other in combinations(embeddings, 2)
-        ]
+        """{modality: (P,E)} of rows to the sum of h of the two (P,), mean over pairs of modalities, as `similarity` counts them: 0 of
+        a pair that a row has not (embeddings of 0). scale: s."""
+        found = []
+        for one, other in combinations(embeddings, 2):
+            both = embeddings[one].any(dim=1) & embeddings[other].any(dim=1)
+            near = self.nearness(embeddings[one], other, scale) + self.nearness(embeddings[other], one, scale)
+            found.append(near.masked_fill(~both, 0.0))
         return torch.stack(found).mean(dim=0)
 
 
@@ -556,7 +558,7 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
         for swapped in features:
             have = presence[:, column(swapped)]
             alike = sum(embeds[other][mine] @ embeds[swapped].T for other in features if other != swapped)
-            drawn, found = self._negatives(self.logit_scale().detach() * alike, positive | ~have)
+            drawn, found = self._negatives(self.logit_scale().detach() * alike, positive, have)
             rows, place = (found & (have & several)[mine, None]).nonzero(as_tuple=True)
             blocks.append((mine[rows], {swapped: drawn[rows, place]}))
         there = presence[torch.cat([rows for rows, _ in blocks])]
@@ -618,13 +620,15 @@ class CrossModalForRetrieval(CrossModalPreTrainedModel):
                 sums.append(_listed(own, rows, worse) * counts[-1] if len(rows) else logits.sum() * 0.0)
         return sums, counts
 
-    def _negatives(self, alike, wrong):
+    def _negatives(self, alike, positive, have):
         """For each row others that are not its own (B,C), and which of them there are (B,C): the hardest for triplets, else drawn by how
-        alike they are."""
+        alike they are (B,N). positive (B,N); have (N,): those that there are to be drawn."""
         if self.config.matching == "cosine":
+            wrong = positive | ~have
             return alike.masked_fill(wrong, -torch.inf).argmax(dim=1, keepdim=True), ~wrong.all(dim=1, keepdim=True)
         count = self.config.matching_negatives if self.config.matching == "ranking" else 1
-        return draw_negatives(self.config.matching_hardness * alike, wrong, count)
+        alike = (self.config.matching_hardness * alike.float()).masked_fill(~have, torch.finfo(torch.float32).min)
+        return draw_negatives(alike, positive | ~have, count)
 
     def _tokens_of(self, batch, pair, rows):
         """{modality: tokens (P,T,D), mask (P,T) or None} of rows (P,) that have both modalities of a pair."""

@@ -120,7 +120,9 @@ def test_several_negatives_are_drawn_once_each_and_never_among_positives():
     # Where the positive leads by far, by chance.
     scores[:, 0] = 40
     drawn, _ = C.draw_negatives(scores, positive, 1, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(torch.bincount(drawn[:, 0], minlength=4)[1:] / 3000, torch.full((3,), 1 / 3), rtol=0, atol=0.03)
+    torch.testing.assert_close(
+        torch.bincount(drawn[:, 0], minlength=4)[1:] / 3000, torch.full((3,), 1 / 3), rtol=0, atol=0.03
+    )
     drawn, found = C.draw_negatives(scores[:1], positive[:1], 9)
     assert drawn.shape == (1, 4) and found.sum() == 3
 

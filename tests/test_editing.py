@@ -135,6 +135,16 @@ def test_an_encoder_of_the_same_kind_keeps_what_reads_it():
     torch.testing.assert_close(swapped(**batch).logits, model(**batch).logits, **EXACT)
 
 
+def test_the_query_bank_of_another_encoder_begins_empty():
+    model = model_of("vision", "text", head=CrossModalForRetrieval, query_bank_size=6)
+    size = model.config.projection_dim
+    model.query_bank.fill({name: torch.randn(6, size) for name in ("vision", "text")})
+    given = model_of("vision", "text").crossmodal.encoders["text"]
+    swapped, report = model.with_modalities(swap={"text": given})
+    assert "query_bank.text_embeddings" in report.new and not swapped.query_bank.text_embeddings.any()
+    assert torch.equal(swapped.query_bank.vision_embeddings, model.query_bank.vision_embeddings)
+
+
 @pytest.mark.parametrize(
     ("head", "options"),
     [

@@ -70,6 +70,25 @@ def test_of_a_modality_that_a_row_lacks_nothing_is_pooled(monkeypatch, missing_t
         assert not found[~presence].any() and found[presence].any(dim=1).all()
 
 
+@pytest.mark.parametrize("missing_tokens", [False, True], ids=["", "missing_tokens"])
+def test_a_step_among_its_neighbours_is_pooled_at_its_own_place(monkeypatch, missing_tokens):
+    config = zoo.tiny_config("text", "eeg", missing_tokens=missing_tokens)
+    settings = {**config.modality_settings, "eeg": {**config.modality_settings["eeg"], "context": 4}}
+    torch.manual_seed(0)
+    model = lively(
+        CrossModalForVQA(zoo.tiny_config("text", "eeg", missing_tokens=missing_tokens, modality_settings=settings))
+    )
+    batch, _ = ragged_batch(zoo.tiny_config(*NAMES))
+    del batch["pixel_values"]
+    presence = torch.ones(ROWS, 2, dtype=torch.bool)
+    presence[::3, 1] = False
+    # Groups that end before their own place, and at it.
+    batch["eeg_mask"] = (torch.arange(9) < torch.tensor([3, 5]).repeat(ROWS // 2)[:, None]).long()
+    assert model.crossmodal.poolings["eeg"].own_place == 4
+    run = lambda: model.eval()(**batch, modality_mask=presence).logits  # noqa: E731
+    torch.testing.assert_close(*zoo.with_and_without_groups(monkeypatch, run), **CLOSE)
+
+
 @pytest.mark.parametrize("kernel", ["window", "linear"])
 def test_kernels_for_long_inputs_do_not_mind_the_padding_that_groups_leave_out(monkeypatch, kernel):
     options = {"attention_kernel": kernel} | ({"attention_window": 2} if kernel == "window" else {})
@@ -141,7 +160,7 @@ def test_groups_are_all_rows_once_with_what_they_have_and_no_more():
     groups = alike_rows(levels, masks, {}, ("text", "eeg"))
     assert torch.cat(groups).sort().values.equal(torch.arange(400)) and len(groups) == 8
     for group in groups:
-        own, own_masks, shared = of_rows(group, levels, masks, {})
+        own, own_masks, shared = of_rows(group, levels, masks, {}, {})
         assert own["text"][0].shape[1] == ends[group].max() and not shared
         assert ("eeg" in own) == bool(there[group].all()) == bool(there[group].any())
         assert own_masks["text"].sum() == ends[group].sum() and own_masks.get("eeg") is None

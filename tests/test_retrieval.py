@@ -357,8 +357,42 @@ def test_negatives_are_drawn_by_chance_or_by_how_alike_they_are(hardness):
     model = model_of(matching="ranking", matching_negatives=1, matching_hardness=hardness)
     torch.manual_seed(0)
     alike = torch.tensor([0.0, 4.0, 0.0, 0.0]).expand(2000, -1)
-    wrong = torch.tensor([True, False, False, False]).expand(2000, -1)
-    drawn, found = model._negatives(alike, wrong)
+    positive = torch.tensor([True, False, False, False]).expand(2000, -1)
+    drawn, found = model._negatives(alike, positive, torch.ones(4, dtype=torch.bool))
     assert found.all()
     share = (drawn == 1).float().mean().item()
     assert share == pytest.approx(1 / 3 if hardness == 0 else math.exp(4) / (math.exp(4) + 2), abs=0.04)
+
+
+def test_rows_that_lack_a_modality_take_no_negatives_from_the_others():
+    model = model_of(matching="ranking", matching_negatives=1)
+    torch.manual_seed(0)
+    # Those that lack it have embeddings of 0, which lie nearer than any negative that there is.
+    alike = torch.tensor([-20.0, -15.0, -25.0, 0.0, 0.0]).expand(500, -1)
+    positive = torch.tensor([True, False, False, False, False]).expand(500, -1)
+    drawn, found = model._negatives(alike, positive, torch.tensor([True, True, True, False, False]))
+    assert found.all() and (drawn == 1).float().mean() > 0.98
+    for hardness in (0.0, 1.0):
+        model.config.matching_hardness = hardness
+        drawn, found = model._negatives(alike, positive, torch.tensor([True, True, False, False, False]))
+        assert (drawn == 1).all() and found.all()
+
+
+def test_the_query_bank_is_exact_under_autocast_and_counts_pairs_that_a_row_has():
+    names = ("vision", "text", "eeg")
+    model = model_of(*names, query_bank_size=16, query_bank_weight=1.0)
+    bank = {name: nn.functional.normalize(torch.randn(16, 8), dim=-1) for name in names}
+    model.query_bank.fill(bank)
+    with torch.no_grad():
+        model.logit_scale.scale.fill_(math.log(100))
+        own = {name: nn.functional.normalize(torch.randn(4, 8), dim=-1) for name in names}
+        scale = model.logit_scale()
+        expected = model.query_bank(own, scale)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(model.query_bank(own, scale), expected, **CLOSE)
+        own["eeg"][0] = 0
+        pair = {name: own[name][:1] for name in names[:2]}
+        found = model.query_bank(own, scale)
+        # One pair of three.
+        torch.testing.assert_close(found[:1], model.query_bank(pair, scale) / 3, **CLOSE)
+        torch.testing.assert_close(found[1:], expected[1:], **CLOSE)

@@ -11,6 +11,7 @@ import torch
 from crossmodal.training import retrieval
 from crossmodal.training.datasets import RowDataset
 from crossmodal.training.evaluate import evaluate
+from crossmodal.training.index import CrossModalIndex
 from crossmodal.training.recipes import Recipe
 from crossmodal.training.retrieval import (
     RightPairs,
@@ -371,3 +372,61 @@ def test_a_run_fills_the_query_bank_with_embeddings_of_training_rows_as_they_are
     model.config.query_bank_weight = 0.0
     without = evaluate_two_stages(model, processor, RowDataset(rows.select(range(6)), "retrieval"), progress=False)
     assert without["corrected_mean_r1"] == without["contrastive_mean_r1"] == again["contrastive_mean_r1"]
+
+
+def test_rows_that_cannot_be_read_and_modalities_that_none_has_are_not_in_the_query_bank(tmp_path):
+    run = recipe(tmp_path / "m", max_broken_samples=3)
+    run.training["num_train_epochs"] = 1
+    run.model["config"] |= {"query_bank_size": 30}
+    run.model["encoders"]["eeg"] = {"model": {"model_type": "crossmodal_features", "input_size": 4, "hidden_size": 16}}
+    rows, whole = pair_rows(12, texts=1), pair_rows(12, texts=1)
+    images = list(rows.cast_column("image", datasets.Image(decode=False))["image"])
+    images[4] = {"bytes": b"nothing", "path": None}
+    rows = rows.remove_columns("image").add_column("image", images).cast_column("image", datasets.Image())
+    train(run, rows, whole.select(range(6)), write=lambda line: None)
+    model, processor = (kind.from_pretrained(tmp_path / "m") for kind in (CrossModalForRetrieval, CrossModalProcessor))
+    own = features_of(model, processor, RowDataset(whole, "retrieval"), "vision", progress=False).embeddings
+    kept = [row for row in range(12) if row != 4]
+    bank = model.query_bank.vision_embeddings
+    assert (bank @ own[kept].T > 1 - 1e-5).any(dim=1).all() and bank.any(dim=1).all()
+    assert not model.query_bank.eeg_embeddings.any()
+
+
+def test_an_adapter_holds_the_query_bank_that_its_merged_model_has(tmp_path):
+    run = recipe(tmp_path / "m", lora={"preset": "text", "r": 2})
+    run.training["num_train_epochs"] = 1
+    run.model["config"] |= {"query_bank_size": 10}
+    rows = pair_rows(12, texts=1)
+    train(run, rows, rows.select(range(6)), write=lambda line: None)
+    whole, adapter = (CrossModalForRetrieval.from_pretrained(tmp_path / part) for part in ("m", "m/adapter"))
+    processor = CrossModalProcessor.from_pretrained(tmp_path / "m")
+    assert whole.query_bank.text_embeddings.any(dim=1).all()
+    with torch.no_grad():
+        batch = dict(processor(images=rows["image"][:3], text=["red and blue", "green and red", "left blue"]))
+        expected, found = (model.eval().rank(model.eval().features(batch)[0]) for model in (whole, adapter))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_where_embeddings_alone_were_trained_the_two_stages_are_those_of_the_query_bank(tmp_path):
+    run = recipe(tmp_path / "m")
+    run.training["num_train_epochs"] = 1
+    run.model["config"] |= {"query_bank_size": 12, "query_bank_weight": 1.0, "matching_weight": 0.0}
+    rows = pair_rows(12, texts=1)
+    result = train(run, rows, rows.select(range(6)), write=lambda line: None)
+    model, processor, metrics = result["model"].eval(), result["processor"], result["metrics"]
+    assert metrics["mean_r1"] == metrics["corrected_mean_r1"] and metrics["i2t_map"] == metrics["corrected_i2t_map"]
+    index = CrossModalIndex(tmp_path / "index", model, processor)
+    images = rows["image"][:6]
+    index.add("vision", images, [{"place": place} for place in range(6)])
+    hits = index.search(text="red and blue", top_k=6)
+    with torch.no_grad():
+        batch = dict(processor(images=images, text=["red and blue"] * 6))
+        expected = model.rank(model.features(batch)[0])
+    assert [hit["place"] for hit in hits] == expected.argsort(descending=True).tolist()
+    # The bank is of the order alone: what was indexed stays right.
+    model.query_bank.fill({name: torch.zeros(1, 16) for name in ("vision", "text")})
+    plain = CrossModalIndex(tmp_path / "index", model, processor).search(text="red and blue", top_k=6)
+    with torch.no_grad():
+        assert [hit["place"] for hit in plain] == model.similarity(model.features(batch)[0]).argsort(
+            descending=True
+        ).tolist()

@@ -47,6 +47,7 @@ _NOT_OF_FEATURES = (
     "id2label",
     "label2id",
     "rank_weight",
+    "query_bank_size",
     "query_bank_weight",
     "matching_hardness",
     "contrastive_weight",
@@ -65,7 +66,7 @@ def model_key(model, processor):
         if part is not None
     ]
     digest = hashlib.sha256(json.dumps(_of_features(settings), sort_keys=True, default=str).encode())
-    update_with_weights(digest, model)
+    update_with_weights(digest, model, but="query_bank.")
     return digest.hexdigest()[:32]
 
 
@@ -299,7 +300,8 @@ class CrossModalIndex:
             # Embeddings that were not trained find nothing.
             rerank = len(store)
         # Inputs of one modality have no cross-attention with each other.
-        rerank = min(rerank, len(store)) if target != modality and config.matching_weight else 0
+        ranks = target != modality and (config.matching_weight or config.query_bank_size)
+        rerank = min(rerank, len(store)) if ranks else 0
         similarities, rows = store.nearest(queries, min(max(top_k, rerank), len(store)))
         scores = similarities
         if rerank:

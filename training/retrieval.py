@@ -6,6 +6,7 @@ Letters: Q queries, C candidates, E projection_dim, k candidates that are ranked
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from ..modeling.features_crossmodal import ModalityFeatures
 from .collator import SampleCollator
+from .datasets import read_samples
 
 
 # Queries whose scores are in memory at once, and pairs that cross-attention reads at once.
@@ -152,12 +154,8 @@ def features_from(embeddings, tokens_of, levels, rows, model):
 def features_of(model, processor, samples, name, rows=None, batch_size=64, dtype=torch.float32, progress=True):
     """FeatureStore of one modality of a dataset of samples, of `rows` (indices) or all, in that order."""
     model.eval()
-    argument = processor.argument_of(name)
-    keep = (argument, f"{name}_tokens", f"{name}_key")
     absent, stand_ins = [], []
-
-    def own(item):
-        return {key: item[key] for key in keep if item.get(key) is not None}
+    own = partial(_input_of, processor, name)
 
     def collate(items):
         items = [own(item) for item in items]
@@ -180,6 +178,12 @@ def features_of(model, processor, samples, name, rows=None, batch_size=64, dtype
     store = FeatureStore.of(parts, levels)
     store.absent = torch.tensor(absent) if any(absent) else None
     return store
+
+
+def _input_of(processor, name, item):
+    """What a sample has of one modality, raw or as cached tokens: {} of one that lacks it."""
+    keys = (processor.argument_of(name), f"{name}_tokens", f"{name}_key")
+    return {key: item[key] for key in keys if item.get(key) is not None}
 
 
 def encode_batch(model, name, batch, dtype=torch.float32):
@@ -288,16 +292,19 @@ def evaluate_two_stages(
             found |= {f"{prefix}{key}": value for key, value in metrics.items()}
             found[f"{prefix}mean_r1"] = (found[f"{prefix}{forth}_r1"] + found[f"{prefix}{back}_r1"]) / 2
     if not rerank:
-        found |= {key.removeprefix("contrastive_"): value for key, value in found.items() if "contrastive_" in key}
+        # By what `rank` orders candidates, where nothing else was trained.
+        own = "corrected_" if not model.config.matching_weight and "corrected_" in stages else "contrastive_"
+        found |= {key.removeprefix(own): value for key, value in found.items() if key.startswith(own)}
     return found
 
 
 @torch.inference_mode()
-def fill_query_bank(model, processor, samples, batch_size=64, progress=True):
+def fill_query_bank(model, processor, samples, batch_size=64):
     """Puts the embeddings of rows of the training split into the `query_bank` of a trained model: as many, drawn at random, as it holds.
 
     Args:
-        samples: RowDataset of the task "retrieval", without augmentation. A row that lacks a modality counts for the others.
+        samples: RowDataset of the task "retrieval", without augmentation. A row that lacks a modality counts for the others, one that
+            cannot be read for none, where the dataset may leave such rows out. A modality that no row has is near to nothing.
 
     Returns:
         how many rows were taken: 0 of a model without a bank, or whose embeddings were not trained.
@@ -305,14 +312,20 @@ def fill_query_bank(model, processor, samples, batch_size=64, progress=True):
     if not (model.config.query_bank_size and model.config.contrastive_weight):
         return 0
     generator, was_training = torch.Generator().manual_seed(0), model.training
+    model.eval()
     rows = torch.randperm(len(samples), generator=generator)[: model.config.query_bank_size].tolist()
-    found = {}
-    for name in model.config.modality_names:
-        store = features_of(model, processor, samples, name, rows, batch_size, progress=progress)
-        found[name] = store.embeddings if store.absent is None else store.embeddings[~store.absent]
-    model.query_bank.fill({name: embeddings for name, embeddings in found.items() if len(embeddings)})
+    collator, taken = SampleCollator(processor, deduplicate=False), 0
+    found = {name: [] for name in model.config.modality_names}
+    for start in range(0, len(rows), batch_size):
+        items = read_samples(samples, rows[start : start + batch_size])[0]
+        taken += len(items)
+        for name, embeddings in found.items():
+            if own := list(filter(None, (_input_of(processor, name, item) for item in items))):
+                batch = {key: value.to(model.device) for key, value in collator(own).items()}
+                embeddings.append(model.features(batch)[0][name].embeddings)
+    model.query_bank.fill({name: torch.cat(embeddings) for name, embeddings in found.items() if embeddings})
     model.train(was_training)
-    return len(rows)
+    return taken
 
 
 def score_embeddings(first, second, targets):

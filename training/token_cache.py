@@ -114,9 +114,11 @@ def _hash_of_encoder(model, processor, name):
     return digest.hexdigest()[:32]
 
 
-def update_with_weights(digest, module):
-    """Adds the names, types, shapes and values of a module's weights to a hash."""
+def update_with_weights(digest, module, but=None):
+    """Adds the names, types, shapes and values of a module's weights to a hash, of all `but` those whose names begin so."""
     for key, value in module.state_dict().items():
+        if but is not None and key.startswith(but):
+            continue
         digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 

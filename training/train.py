@@ -158,14 +158,16 @@ def _train(recipe, train_rows, eval_rows, fresh, write, export, warm_up_folder, 
         # Of several labels each holds from where its F1 is highest on rows that nothing is reported of.
         outputs = trainer.predict(datasets["choosing"]).predictions
         trainer.model.config.thresholds = task.tune(outputs, choosing_dataset.targets)
+    plain = trainer.accelerator.unwrap_model(trainer.model)
+    plain = plain.get_base_model() if recipe.lora else plain
+    if hasattr(plain, "query_bank"):
+        # Before an adapter is written, which holds it too.
+        some = train_dataset.first(STATISTICS_ROWS, recipe.seed) if streams else datasets["training"].unaugmented()
+        fill_query_bank(plain, processor, some)
     adapter = output / "checkpoints" / "adapter" if recipe.lora and export else None
     if recipe.lora:
         # In four bits the model that was trained is a copy.
         _merge(recipe, trainer, processor, whole if recipe.lora.get("bits") else None, adapter)
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(trained, "query_bank"):
-        some = train_dataset.first(STATISTICS_ROWS, recipe.seed) if streams else datasets["training"].unaugmented()
-        fill_query_bank(trained, processor, some, progress=False)
     metrics, outputs = score(trainer, task, datasets["evaluation"], processor)
     baselines = (
         _compare(recipe, variants, train_rows, None if measured_on_held_out else eval_rows, output, write)
