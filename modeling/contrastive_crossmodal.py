@@ -129,8 +129,7 @@ def draw_negatives(scores, positive, count=1, generator=None):
     exponential noise: Gumbel top-k, Kool et al. 2019, arXiv 1903.06059).
 
     The softmax is over positives too, as published: a row whose positives lead by more than the constant has negatives drawn by chance,
-    one that is undecided those that rival. Of rows long decided, what is left of the softmax are near duplicates, by which a ranker
-    learns less than by both (`retrieval_fashion`, in the README).
+    one that is undecided those that rival.
 
     scores (N,M), positive (N,M) bool. Returns indices (N,C), C = count or at most M, and which of them are negatives (N,C) bool: a
     row may have fewer, or none.
