@@ -35,6 +35,19 @@ def test_every_contender_is_measured_in_every_scenario():
     # A quarter of the images, and fewer words.
     assert work["forward", "32 questions, 8 images", "CrossModalForVQA"] < 0.5 * ours
     assert work["training", "batch 8", "CrossModalForVQA"] == pytest.approx(3 * ours)
+    # Peers alone read padding.
+    pads = [
+        work["forward", "the same, padded by peers", name] > work["forward", "32 questions, 8 images", name]
+        for name in names
+    ]
+    assert dict(zip(names, pads, strict=True)) == {name: name in PEERS for name in names}
+
+
+def test_what_peers_pad_is_masked():
+    draw = lambda name: benchmark._batch(name, "tiny", 4, 2, 3, "cpu", torch.Generator(), padded=5)  # noqa: E731
+    peer, ours = draw(next(iter(PEERS))), draw("CrossModalForVQA")
+    assert peer["attention_mask"].tolist() == [[1, 1, 1, 0, 0]] * 4 and peer["input_ids"].shape == (4, 5)
+    assert len(peer["pixel_values"]) == 4 and len(ours["pixel_values"]) == 2 and ours["input_ids"].shape == (4, 3)
 
 
 def test_one_of_ours_attends_as_peers_without_another_way_do():
