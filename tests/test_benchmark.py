@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from crossmodal.training import benchmark
-from crossmodal.training.peers import PEERS, Size, accuracy_of, train_for
+from crossmodal.training.peers import PEERS, PUBLISHED_WORDS, Size, accuracy_of, train_for
 from crossmodal.training.recipes import Recipe
 from world import TINY_RECIPE, color_rows
 
@@ -44,10 +44,11 @@ def test_every_contender_is_measured_in_every_scenario():
 
 
 def test_what_peers_pad_is_masked():
-    draw = lambda name: benchmark._batch(name, "tiny", 4, 2, 3, "cpu", torch.Generator(), padded=5)  # noqa: E731
-    peer, ours = draw(next(iter(PEERS))), draw("CrossModalForVQA")
-    assert peer["attention_mask"].tolist() == [[1, 1, 1, 0, 0]] * 4 and peer["input_ids"].shape == (4, 5)
-    assert len(peer["pixel_values"]) == 4 and len(ours["pixel_values"]) == 2 and ours["input_ids"].shape == (4, 3)
+    for name, length in {**PUBLISHED_WORDS, "CrossModalForVQA": 3}.items():
+        batch = benchmark._batch(name, "tiny", 4, 2, 3, "cpu", torch.Generator(), padded=True)
+        assert batch["attention_mask"].tolist() == [[1] * 3 + [0] * (length - 3)] * 4
+        assert batch["input_ids"].shape == (4, length) and len(batch["pixel_values"]) == (4 if name in PEERS else 2)
+    assert PUBLISHED_WORDS.keys() == PEERS.keys()
 
 
 def test_one_of_ours_attends_as_peers_without_another_way_do():

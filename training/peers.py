@@ -153,6 +153,8 @@ RANKERS = {
     "ViltForImageAndTextRetrieval": _vilt_ranker,
 }
 PEERS = {"LxmertForQuestionAnswering": Lxmert, "ViltForQuestionAnswering": Vilt, "BridgeTower": BridgeTower}
+# To how many words those who published them pad every question of VQA (their own code: `MAX_VQA_LENGTH`, `max_text_len`).
+PUBLISHED_WORDS = {"LxmertForQuestionAnswering": 20, "ViltForQuestionAnswering": 40, "BridgeTower": 50}
 _READ = ("pixel_values", "input_ids", "attention_mask")
 
 
