@@ -34,7 +34,9 @@ def test_every_contender_is_measured_in_every_scenario():
     assert ours == pytest.approx(work["forward", "batch 8", "CrossModalForVQA, eager"])
     # A quarter of the images, and fewer words.
     assert work["forward", "32 questions, 8 images", "CrossModalForVQA"] < 0.5 * ours
-    assert work["training", "batch 8", "CrossModalForVQA"] == pytest.approx(3 * ours)
+    # Pixels have no gradient, nor has what does not reach the logits: LXMERT's image in its last layer.
+    trained = {name: work["training", "batch 8", name] / work["forward", "batch 8", name] for name in names}
+    assert 2.7 < trained["CrossModalForVQA"] < 3 and trained["LxmertForQuestionAnswering"] < 2.8
     # Peers alone read padding.
     pads = [
         work["forward", "the same, padded by peers", name] > work["forward", "32 questions, 8 images", name]
@@ -63,7 +65,12 @@ def test_flops_are_those_of_a_linear_layer():
         def forward(self, x):
             return super().forward(x)
 
-    assert benchmark.flops_of(Model(10, 20), {"x": torch.randn(3, 10)}) == 2 * 3 * 10 * 20
+    model, x = Model(10, 20), torch.randn(3, 10)
+    assert benchmark.flops_of(model, {"x": x}) == 2 * 3 * 10 * 20
+    # Of the weight, and of an input that learns.
+    assert benchmark.flops_of(model, {"x": x}, training=True) == 2 * (2 * 3 * 10 * 20)
+    assert benchmark.flops_of(model, {"x": x.requires_grad_()}, training=True) == 3 * (2 * 3 * 10 * 20)
+    assert model.weight.grad is None
 
 
 def test_what_runs_in_turn_is_timed_alone():
