@@ -123,9 +123,9 @@ def _anew(before, after, given, swap):
     """Pairs of neighbouring parts of names, of the modules that are not taken over: encoders that were given, and what reads one of
     another type, size or depths than the one before."""
     pairs = {("encoders", name) for name in given}
-    # What another encoder makes of its inputs lies elsewhere.
-    pairs |= {("query_bank", f"{name}_embeddings") for name in swap}
     for name in swap:
+        # What another encoder makes of its inputs lies elsewhere.
+        pairs.add(("query_bank", f"{name}_embeddings"))
         old, new = getattr(before, f"{name}_config"), getattr(after, f"{name}_config")
         alike = old.model_type == new.model_type and before.level_sizes_of(name) == after.level_sizes_of(name)
         if not alike or before.levels_of(name) != after.levels_of(name):
