@@ -73,20 +73,32 @@ def load_model(source, wanted=None, **options):
 
 
 def print_table(title, rows):
+    """Prints {label: {name: value}}, a row for each label; where that is too wide, a row for each name: no number is cut."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for name in names:
-        # Spaces, where a long name may break.
-        table.add_column(name.replace("_", " "), justify="right")
-    for label, row in rows.items():
-        table.add_row(label, *(_cell(row.get(name, "")) for name in names))
     # Where nobody says how wide it is (a file, a pipe), names are worth more than a short line.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    # Spaces, where a long name may break.
+    names = {name: name.replace("_", " ") for row in rows.values() for name in row}
+    lines = [["", *names.values()]]
+    lines += [[label, *(_cell(row.get(name, "")) for name in names)] for label, row in rows.items()]
+    turned = [list(column) for column in zip(*lines, strict=True)]
+    if _narrowest(turned) < _narrowest(lines) > console.width:
+        lines = turned
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for place, name in enumerate(lines[0]):
+        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
+    for line in lines[1:]:
+        table.add_row(*line)
+    console.print(table)
+
+
+def _narrowest(lines):
+    """Columns of the screen below which a table is cut: what heads a column breaks at spaces, what stands in it does not."""
+    columns = zip(*lines, strict=True)
+    return 2 + sum(1 + max(map(len, [*heading.split(), *cells]), default=0) for heading, *cells in columns)
 
 
 def _cell(value):
