@@ -160,14 +160,15 @@ def test_benchmark_of_kernels_prints_table_growth_and_errors(monkeypatch, capsys
     assert "Name one with --cached RECIPE or --train RECIPE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("columns", (3, 13, 20))
-def test_a_table_shows_every_number_whole_however_many_there_are(columns, capsys):
+@pytest.mark.parametrize("columns, others", ((3, 1), (12, 1), (13, 1), (20, 1), (20, 19)))
+def test_a_table_shows_every_number_whole_however_many_there_are(columns, others, capsys):
     from crossmodal.training.console import print_table
 
-    rows = {label: {f"i2t_r{n}": 40.125 + n for n in range(columns)} for label in ("this model, embeddings", "chance")}
-    rows["chance"]["mean_r1"] = 1.875
+    labels = ["this model, embeddings", *(f"contender {n}" for n in range(others))]
+    rows = {label: {f"i2t_r{n}": 40.125 + n for n in range(columns)} for label in labels}
+    rows["contender 0"]["mean_r1"] = 1.875
     print_table("validation", rows)
     out = capsys.readouterr().out
     assert "…" not in out and "1.875" in out
-    assert [out.count(f"{40.125 + n:.3f}") for n in range(columns)] == [2] * columns
-    assert max(map(len, out.splitlines())) <= 120
+    assert [out.count(f"{40.125 + n:.3f}") for n in range(columns)] == [len(labels)] * columns
+    assert others > 1 or max(map(len, out.splitlines())) <= 120

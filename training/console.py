@@ -79,26 +79,31 @@ def print_table(title, rows):
     from rich.table import Table
 
     # Where nobody says how wide it is (a file, a pipe), names are worth more than a short line.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    width = Console().width if sys.stdout.isatty() else 120
     # Spaces, where a long name may break.
     names = {name: name.replace("_", " ") for row in rows.values() for name in row}
     lines = [["", *names.values()]]
     lines += [[label, *(_cell(row.get(name, "")) for name in names)] for label, row in rows.items()]
-    turned = [list(column) for column in zip(*lines, strict=True)]
-    if _narrowest(turned) < _narrowest(lines) > console.width:
-        lines = turned
+    if _width(lines) > width:
+        turned = [list(column) for column in zip(*lines, strict=True)]
+        lines = min(turned, lines, key=_width)
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    for place, name in enumerate(lines[0]):
-        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
+    for place, (name, least) in enumerate(zip(lines[0], _least_widths(lines), strict=True)):
+        table.add_column(name, justify="right" if place else "left", min_width=least)
     for line in lines[1:]:
         table.add_row(*line)
-    console.print(table)
+    # Where that is too wide as well, a terminal breaks the lines.
+    Console(width=max(width, _width(lines))).print(table, crop=False)
 
 
-def _narrowest(lines):
-    """Columns of the screen below which a table is cut: what heads a column breaks at spaces, what stands in it does not."""
-    columns = zip(*lines, strict=True)
-    return 2 + sum(1 + max(map(len, [*heading.split(), *cells]), default=0) for heading, *cells in columns)
+def _least_widths(lines):
+    """Of each column: what heads it may break at spaces, what stands in it may not."""
+    return [max(map(len, [*heading.split(), *cells]), default=0) for heading, *cells in zip(*lines, strict=True)]
+
+
+def _width(lines):
+    """Of the narrowest table that cuts nothing: a space on each side of a column, and one before the first."""
+    return 1 + sum(2 + least for least in _least_widths(lines))
 
 
 def _cell(value):
